@@ -60,10 +60,12 @@ A32 = MatmulKernel(
     weight=WEIGHT,
     accumulator="float32",
     steps=(4, 4),
+    # -2 t x summed, then halved once: a code becomes the float -2 t by its bits alone (see schedule.intrinsics), and doubling and
+    # halving change no rounding.
     multiply_add=lambda b, row, p, nb, kb, lane, s, j: (
-        T.Cast("float32", T.Cast("int32", _code(b, p, nb, kb, lane, s, j)) - 1) * b["x"][row, kb * BLOCK + s * 4 + j]
+        T.Cast("float32", 2 - T.Cast("int32", _code(b, p, nb, kb, lane, s, j)) * 2) * b["x"][row, kb * BLOCK + s * 4 + j]
     ),
-    group_value=lambda b, acc, row, g: acc,
+    group_value=lambda b, acc, row, g: acc * T.float32(-0.5),
     row_scale=None,
 )
 

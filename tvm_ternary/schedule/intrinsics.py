@@ -107,7 +107,7 @@ def _float32(weight: Any, x: Any, acc: Any) -> None:
     """Codes to floats by their bits alone: no conversion, no table.
 
     A code with its low bit flipped (0, 1, 2 -> 1, 0, 3), shifted to bits 31 and 30 of a float32, reads as +2, +0 or -2:
-    minus twice the trit. So acc -= field * (x / 2), where halving a float32 is exact above the denormals.
+    minus twice the trit, which is what `A32` accumulates.
     """
     words = T.bitwise_xor(_vector(weight, 0, LANES, "uint32"), T.broadcast(T.uint32(0x55555555), LANES))
     total = _vector(acc, 0, LANES, "float32")
@@ -115,8 +115,7 @@ def _float32(weight: Any, x: Any, acc: Any) -> None:
         left = 30 - (8 * (k % 4) + 2 * (k // 4))
         moved = words if left == 0 else T.shift_left(words, T.broadcast(T.uint32(left), LANES))
         field = T.bitwise_and(moved, T.broadcast(T.uint32(0xC0000000), LANES))
-        minus_half = x[k] * T.float32(-0.5)
-        total = total + T.reinterpret(field, dtype=f"float32x{LANES}") * T.broadcast(minus_half, LANES)
+        total = total + T.reinterpret(field, dtype=f"float32x{LANES}") * T.broadcast(x[k], LANES)
     _store(acc, 0, LANES, total)
 
 

@@ -1,0 +1,274 @@
+"""What activations become before a ternary matmul: int8 rows, ternary rows as bit planes, or float rows padded to whole blocks.
+
+One function a row format, for any M, vectorised by explicit 16-lane loops that any LLVM target compiles. A row is written group by
+group, each padded with zeros to whole blocks of the packed weight, so that ragged groups and a ragged K need no other code anywhere.
+A matrix row is quantized once: matmuls that read the same activations share the result, because the calls are equal and the graph's
+common subexpressions are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tvm_ternary.formats import LANES
+from tvm_ternary.kernels.matmul import Expr
+from tvm_ternary.kernels.shape import MatmulShape
+
+SMALLEST_ABSMAX = 2.0**-100
+"""Rows whose largest value is below this are scaled as if it were this: 127 / absmax stays finite."""
+
+PARALLEL_ROWS = 8
+"""From this many rows on, rows are spread over threads; below it, waking a thread costs more than a row."""
+
+_BITS = 32
+
+
+def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
+    """Per-row absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M,) float32.
+
+    x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of each group's x_q. The error of a value is
+    at most x_scale / 2.
+    """
+    with _function("quantize_rows_int8") as built:
+        m, x = _rows_in(shape.k)
+        x_q = T.arg("x_q", T.buffer((m, shape.padded_k(16)), "int8"))
+        x_sum = T.arg("x_sum", T.buffer((m, shape.groups), "int32"))
+        x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
+
+        def row(i: Expr) -> None:
+            lanes = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
+            sums = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+            _fold(shape.k, lanes, 0.0, lambda k: T.abs(x[i, k]), T.max)
+            _across(lanes, T.max)
+            absmax = T.max(lanes[0], T.float32(SMALLEST_ABSMAX))
+            T.buffer_store(x_scale, absmax / T.float32(127), [i])
+            T.buffer_store(lanes, T.float32(127) / absmax, [0])
+
+            def group(g: Expr, size: int) -> None:
+                _fill(sums, T.int32(0))
+
+                def value(k: Expr, at: Expr, lane: Expr, width: int) -> None:
+                    scaled = x[i, g * shape.group_size + k] * _splat(lanes[0], width)
+                    q = T.Cast(_lanes("int32", width), _round(scaled, width))
+                    T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
+                    T.buffer_store(sums, sums[lane] + q, [lane])
+
+                _blocks(shape, g, size, value, lambda at: T.buffer_store(x_q, T.int8(0), [i, at]))
+                _across(sums, lambda a, b: a + b)
+                T.buffer_store(x_sum, sums[0], [i, g])
+
+            _for_groups(shape, group)
+
+        _for_rows(m, row)
+    return built()
+
+
+def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
+    """Per-row ternarization to bit planes: x (M, K) float32 -> x_bits (M, Kw, 2) uint32 (nonzero, minus), x_scale (M,) float32.
+
+    A value is zero where |x| <= mean|x| / 2, the threshold of BitNet b1.58's absmean rounding (Ma et al. 2024, eq. 1-3); x_scale is
+    the mean |x| of the others, which minimises the squared error for these trits (Li et al. 2016, eq. 5).
+    """
+    words = shape.groups * shape.group_blocks(_BITS)
+    with _function("quantize_rows_ternary") as built:
+        m, x = _rows_in(shape.k)
+        x_bits = T.arg("x_bits", T.buffer((m, words, 2), "uint32"))
+        x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
+
+        def row(i: Expr) -> None:
+            sums = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
+            counts = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
+            limit = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            _fold(shape.k, sums, 0.0, lambda k: T.abs(x[i, k]), lambda a, b: a + b)
+            _across(sums, lambda a, b: a + b)
+            T.buffer_store(limit, sums[0] / T.float32(2 * max(shape.k, 1)), [0])
+
+            def kept(k: Expr, otherwise: Expr, value: Expr) -> Expr:
+                return T.Select(T.abs(x[i, k]) > limit[0], value, otherwise)
+
+            zero = T.float32(0)
+            _fold(shape.k, sums, 0.0, lambda k: kept(k, zero, T.abs(x[i, k])), lambda a, b: a + b)
+            _across(sums, lambda a, b: a + b)
+            _fold(shape.k, counts, 0.0, lambda k: kept(k, zero, T.float32(1)), lambda a, b: a + b)
+            _across(counts, lambda a, b: a + b)
+            T.buffer_store(x_scale, sums[0] / T.max(counts[0], T.float32(1)), [i])
+            _for_groups(shape, lambda g, size: _pack_words(shape, g, size, x, x_bits, i, limit[0]))
+
+        _for_rows(m, row)
+    return built()
+
+
+def padded_rows(shape: MatmulShape) -> tirx.PrimFunc:
+    """x (M, K) float32 -> x (M, Kp) float32, each group padded with zeros to whole blocks of 16."""
+    with _function("pad_rows") as built:
+        m, x = _rows_in(shape.k)
+        out = T.arg("x_padded", T.buffer((m, shape.padded_k(16)), "float32"))
+
+        def group(i: Expr, g: Expr, size: int) -> None:
+            _blocks(
+                shape,
+                g,
+                size,
+                lambda k, at, lane, width: T.buffer_store(out, x[i, g * shape.group_size + k], [i, at]),
+                lambda at: T.buffer_store(out, T.float32(0), [i, at]),
+            )
+
+        _for_rows(m, lambda i: _for_groups(shape, lambda g, size: group(i, g, size)))
+    return built()
+
+
+@contextmanager
+def _function(name: str) -> Iterator[Callable[[], tirx.PrimFunc]]:
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": 1, "op_pattern": 8})
+        yield builder.get
+
+
+def _rows_in(k: int) -> tuple[Expr, Expr]:
+    m = tirx.Var("M", "int64")
+    return m, T.arg("x", T.buffer((m, k), "float32"))
+
+
+def _for_rows(m: Expr, emit: Callable[[Expr], None]) -> None:
+    """Run ``emit`` for each row, in parallel where there are enough of them."""
+
+    def loop(make: Callable[..., Expr], name: str) -> None:
+        with make(0, m) as i, T.sblock(name):
+            row = T.axis.spatial(m, i)
+            T.reads()
+            T.writes()
+            emit(row)
+
+    with T.If(m < PARALLEL_ROWS):
+        with T.Then():
+            loop(T.serial, "row")
+        with T.Else():
+            loop(T.parallel, "row_parallel")
+
+
+def _for_groups(shape: MatmulShape, emit: Callable[[Expr, int], None]) -> None:
+    """Run ``emit(g, size)`` for each group; the last one, which K may cut short, by itself."""
+    last = shape.k - (shape.groups - 1) * shape.group_size
+    if shape.groups > 1:
+        with T.serial(0, shape.groups - 1) as g:
+            emit(g, shape.group_size)
+    emit(tirx.const(shape.groups - 1, "int32"), last)
+
+
+def _blocks(
+    shape: MatmulShape,
+    g: Expr,
+    size: int,
+    value: Callable[[Expr, Expr, Expr, int], None],
+    zero: Callable[[Expr], None],
+) -> None:
+    """Visit one group: ``value(k in the group, place in the padded row, lane, width)`` for what is there, ``zero(place)`` behind.
+
+    The indices of a whole block are ramps of sixteen, those of what is left single numbers: width is 16 or 1.
+    """
+    width = shape.group_blocks(LANES) * LANES
+    whole = size // LANES
+    if whole:
+        with T.serial(0, whole) as b:
+            at = g * width + b * LANES
+            value(tirx.Ramp(b * LANES, 1, LANES), tirx.Ramp(at, 1, LANES), tirx.Ramp(0, 1, LANES), LANES)
+    if size % LANES:
+        with T.serial(0, size % LANES) as lane:
+            value(whole * LANES + lane, g * width + whole * LANES + lane, lane, 1)
+    if width > size:
+        with T.serial(size, width) as k:
+            zero(g * width + k)
+
+
+def _fold(
+    k: int, lanes: Expr, start: float, value: Callable[[Expr], Expr], combine: Callable[[Expr, Expr], Expr]
+) -> None:
+    """Fold ``value(k)`` over a row into sixteen lanes."""
+    _fill(lanes, T.float32(start))
+    whole = k // LANES
+    if whole:
+        with T.serial(0, whole) as b, T.vectorized(0, LANES) as lane:
+            T.buffer_store(lanes, combine(lanes[lane], value(b * LANES + lane)), [lane])
+    if k % LANES:
+        with T.serial(0, k % LANES) as lane:
+            T.buffer_store(lanes, combine(lanes[lane], value(whole * LANES + lane)), [lane])
+
+
+def _lanes(dtype: str, width: int) -> str:
+    return dtype if width == 1 else f"{dtype}x{width}"
+
+
+def _splat(value: Expr, width: int) -> Expr:
+    return value if width == 1 else T.broadcast(value, width)
+
+
+def _round(value: Expr, width: int) -> Expr:
+    """Round half to even; TVM's vectorizer would take its own ``nearbyint`` apart into sixteen calls."""
+    if width == 1:
+        return T.nearbyint(value)
+    rint = T.llvm_lookup_intrinsic_id("llvm.rint")
+    return T.call_llvm_pure_intrin(rint, value, dtype=f"float32x{width}")
+
+
+def _fill(lanes: Expr, value: Expr) -> None:
+    with T.vectorized(0, LANES) as lane:
+        T.buffer_store(lanes, value, [lane])
+
+
+def _across(lanes: Expr, combine: Callable[[Expr, Expr], Expr]) -> None:
+    """Fold the lanes into lane 0, halves onto halves."""
+    half = LANES // 2
+    while half:
+        for lane in range(half):
+            T.buffer_store(lanes, combine(lanes[lane], lanes[lane + half]), [lane])
+        half //= 2
+
+
+def _pack_words(shape: MatmulShape, g: Expr, size: int, x: Expr, x_bits: Expr, i: Expr, limit: Expr) -> None:
+    """The two planes of one group: 32 comparisons at a time become a word by an or across the lanes."""
+    words, whole = shape.group_blocks(_BITS), size // _BITS
+
+    if whole:
+        bits = T.shift_left(T.broadcast(T.uint32(1), _BITS), T.Cast(f"uint32x{_BITS}", tirx.Ramp(0, 1, _BITS)))
+        none = T.broadcast(T.uint32(0), _BITS)
+        reduce_or = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.or.v32i32")
+        with T.serial(0, whole) as w:
+            values = x[i, tirx.Ramp(g * shape.group_size + w * _BITS, 1, _BITS)]
+            for plane, magnitude in enumerate((T.abs(values), T.broadcast(T.float32(0), _BITS) - values)):
+                chosen = T.Select(magnitude > T.broadcast(limit, _BITS), bits, none)
+                word = T.call_llvm_pure_intrin(reduce_or, chosen, dtype="uint32")
+                T.buffer_store(x_bits, word, [i, g * words + w, plane])
+    with T.serial(whole, words) as w:
+        for plane in range(2):
+            T.buffer_store(x_bits, T.uint32(0), [i, g * words + w, plane])
+    if size % _BITS:
+        with T.serial(0, size % _BITS) as bit:
+            one = T.shift_left(T.uint32(1), T.Cast("uint32", bit))
+            value = x[i, g * shape.group_size + whole * _BITS + bit]
+            for plane, magnitude in enumerate((T.abs(value), T.float32(0) - value)):
+                at = [i, g * words + whole, plane]
+                chosen = T.Select(magnitude > limit, one, T.uint32(0))
+                T.buffer_store(x_bits, T.bitwise_or(x_bits[tuple(at)], chosen), at)
+
+
+def reference_int8_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """What `int8_rows` computes, without the padding: x_q (M, K) and x_scale (M,), equal to the bit."""
+    absmax = np.abs(x).max(axis=1, initial=np.float32(SMALLEST_ABSMAX)).astype(np.float32)
+    x_q = np.rint(x * (np.float32(127) / absmax)[:, None])
+    return x_q.astype(np.int8), absmax / np.float32(127)
+
+
+def reference_ternary_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float64]]:
+    """What `ternary_rows` computes, in float64 and without the packing: trits (M, K) and x_scale (M,)."""
+    size = np.abs(x.astype(np.float64))
+    kept = size > size.mean(axis=1, keepdims=True) / 2
+    scale = np.where(kept, size, 0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+    return (np.sign(x) * kept).astype(np.int8), scale
