@@ -22,7 +22,7 @@ from tvm_ternary.kernels.matmul import Expr
 from tvm_ternary.kernels.shape import MatmulShape
 
 SMALLEST_ABSMAX = 2.0**-100
-"""Rows whose largest value is below this are scaled as if it were this: 127 / absmax stays finite."""
+"""Groups whose largest value is below this are scaled as if it were this: 127 / absmax stays finite."""
 
 PARALLEL_ROWS = 8
 """From this many rows on, rows are spread over threads; below it, waking a thread costs more than a row."""
@@ -31,31 +31,33 @@ _BITS = 32
 
 
 def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
-    """Per-row absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M,) float32.
+    """Absmax quantization of each row: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M, G) float32.
 
-    x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of each group's x_q. The error of a value is
-    at most x_scale / 2.
+    A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a group:
+    x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of a value is at most
+    x_scale / 2.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
         x_q = T.arg("x_q", T.buffer((m, shape.padded_k(16)), "int8"))
         x_sum = T.arg("x_sum", T.buffer((m, shape.groups), "int32"))
-        x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
+        x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
 
         def row(i: Expr) -> None:
             lanes = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
             sums = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
-            _fold(shape.k, lanes, 0.0, lambda k: T.abs(x[i, k]), T.max)
-            _across(lanes, T.max)
-            absmax = T.max(lanes[0], T.float32(SMALLEST_ABSMAX))
-            T.buffer_store(x_scale, absmax / T.float32(127), [i])
-            T.buffer_store(lanes, T.float32(127) / absmax, [0])
 
             def group(g: Expr, size: int) -> None:
+                start = g * shape.group_size
+                _fold(size, lanes, 0.0, lambda k: T.abs(x[i, start + k]), T.max)
+                _across(lanes, T.max)
+                absmax = T.max(lanes[0], T.float32(SMALLEST_ABSMAX))
+                T.buffer_store(x_scale, absmax / T.float32(127), [i, g])
+                T.buffer_store(lanes, T.float32(127) / absmax, [0])
                 _fill(sums, T.int32(0))
 
                 def value(k: Expr, at: Expr, lane: Expr, width: int) -> None:
-                    scaled = x[i, g * shape.group_size + k] * _splat(lanes[0], width)
+                    scaled = x[i, start + k] * _splat(lanes[0], width)
                     q = T.Cast(_lanes("int32", width), _round(scaled, width))
                     T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
                     T.buffer_store(sums, sums[lane] + q, [lane])
@@ -259,11 +261,17 @@ def _pack_words(shape: MatmulShape, g: Expr, size: int, x: Expr, x_bits: Expr, i
                 T.buffer_store(x_bits, T.bitwise_or(x_bits[tuple(at)], chosen), at)
 
 
-def reference_int8_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """What `int8_rows` computes, without the padding: x_q (M, K) and x_scale (M,), equal to the bit."""
-    absmax = np.abs(x).max(axis=1, initial=np.float32(SMALLEST_ABSMAX)).astype(np.float32)
-    x_q = np.rint(x * (np.float32(127) / absmax)[:, None])
-    return x_q.astype(np.int8), absmax / np.float32(127)
+def reference_int8_rows(
+    x: npt.NDArray[np.float32], shape: MatmulShape
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """What `int8_rows` computes, without the padding: x_q (M, K) and x_scale (M, G), equal to the bit."""
+    x_q, scales = np.empty(x.shape, np.int8), np.empty((len(x), shape.groups), np.float32)
+    for g in range(shape.groups):
+        part = slice(g * shape.group_size, (g + 1) * shape.group_size)
+        absmax = np.abs(x[:, part]).max(axis=1, initial=np.float32(SMALLEST_ABSMAX)).astype(np.float32)
+        x_q[:, part] = np.rint(x[:, part] * (np.float32(127) / absmax)[:, None])
+        scales[:, g] = absmax / np.float32(127)
+    return x_q, scales
 
 
 def reference_ternary_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float64]]:

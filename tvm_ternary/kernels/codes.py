@@ -39,7 +39,7 @@ A8 = MatmulKernel(
     activations=(
         Operand("x_q", "int8", _padded),
         Operand("x_sum", "int32", lambda shape, m: (m, shape.groups)),
-        Operand("x_scale", "float32", lambda shape, m: (m,)),
+        Operand("x_scale", "float32", lambda shape, m: (m, shape.groups)),
     ),
     weight=WEIGHT,
     accumulator="int32",
@@ -48,8 +48,8 @@ A8 = MatmulKernel(
     multiply_add=lambda b, row, p, nb, kb, lane, s, j: (
         T.Cast("int32", _code(b, p, nb, kb, lane, s, j)) * T.Cast("int32", b["x_q"][row, kb * BLOCK + s * 4 + j])
     ),
-    group_value=lambda b, acc, row, g: T.Cast("float32", acc - b["x_sum"][row, g]),
-    row_scale=lambda b, row: b["x_scale"][row],
+    group_value=lambda b, acc, row, g: T.Cast("float32", acc - b["x_sum"][row, g]) * b["x_scale"][row, g],
+    row_scale=None,
 )
 
 A32 = MatmulKernel(

@@ -83,8 +83,38 @@ class MatmulKernel:
     row_scale: Callable[..., Expr] | None
 
 
+EPILOGUES: dict[str, Callable[[Expr], Expr]] = {
+    "relu": lambda y: T.max(y, T.float32(0)),
+    # x Phi(x) with the exact error function (Hendrycks and Gimpel 2016).
+    "gelu": lambda y: y * T.float32(0.5) * (T.float32(1) + T.erf(y * T.float32(0.5**0.5))),
+    "silu": lambda y: y / (T.float32(1) + T.exp(T.float32(0) - y)),
+}
+"""Activation functions that a matmul can apply to its result before storing it."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a sum before it is stored: a bias is added, then an activation function applied.
+
+    Attributes
+    ----------
+    bias : bool
+        Whether the function takes a bias (N,) float32.
+    activation : str, optional
+        A key of `EPILOGUES`.
+    """
+
+    bias: bool = False
+    activation: str | None = None
+
+
 def define_matmul(
-    kernel: MatmulKernel, shape: MatmulShape, variants: Sequence[Variant], *, rows: int | None = None, bias: bool = False
+    kernel: MatmulKernel,
+    shape: MatmulShape,
+    variants: Sequence[Variant],
+    *,
+    rows: int | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  frozen
 ) -> tirx.PrimFunc:
     """The unscheduled computation of ``kernel`` for weights of ``shape``.
 
@@ -97,8 +127,7 @@ def define_matmul(
         chosen by M when it runs. Block names end in the variant's index.
     rows : int, optional
         M where it is known; None leaves it symbolic.
-    bias : bool
-        Whether a bias (N,) float32 is added.
+    epilogue : Epilogue
 
     Returns
     -------
@@ -110,16 +139,16 @@ def define_matmul(
     operands = [
         *((operand.name, operand.shape(shape, m), operand.dtype) for operand in (*kernel.activations, kernel.weight)),
         ("scale", (shape.planes, shape.groups, shape.blocks * LANES), "float32"),
-        *([("bias", (shape.n,), "float32")] if bias else []),
+        *([("bias", (shape.n,), "float32")] if epilogue.bias else []),
         ("y", (m, shape.n), "float32"),
     ]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("ternary_matmul")
         T.func_attr({"tirx.noalias": True})
         buffers = {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in operands}
-        _emit_branches(
-            m, [(v.max_rows, _Body(kernel, shape, v.tile, m, buffers, str(i)).emit) for i, v in enumerate(variants)]
-        )
+        finish = EPILOGUES[epilogue.activation] if epilogue.activation else lambda value: value
+        bodies = [_Body(kernel, shape, v.tile, m, buffers, finish, str(i)) for i, v in enumerate(variants)]
+        _emit_branches(m, [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)])
     return builder.get()
 
 
@@ -140,10 +169,17 @@ class _Body:
     """Emits the three blocks of one variant; the tile-clamping index arithmetic they share lives here."""
 
     def __init__(
-        self, kernel: MatmulKernel, shape: MatmulShape, tile: Tile, m: Expr, buffers: dict[str, Expr], suffix: str
+        self,
+        kernel: MatmulKernel,
+        shape: MatmulShape,
+        tile: Tile,
+        m: Expr,
+        buffers: dict[str, Expr],
+        finish: Callable[[Expr], Expr],
+        suffix: str,
     ) -> None:
         self.kernel, self.shape, self.tile, self.m = kernel, shape, tile, m
-        self.buffers, self.suffix = buffers, suffix
+        self.buffers, self.finish, self.suffix = buffers, finish, suffix
         self.row_tiles = (m + (tile.rows - 1)) // tile.rows
         self.block_count = ceil_div(shape.blocks, tile.blocks) * tile.blocks
 
@@ -222,4 +258,4 @@ class _Body:
             value = value * self.kernel.row_scale(self.buffers, m)
         if "bias" in self.buffers:
             value = value + self.buffers["bias"][n]
-        T.buffer_store(self.buffers["y"], value, [m, n])
+        T.buffer_store(self.buffers["y"], self.finish(value), [m, n])

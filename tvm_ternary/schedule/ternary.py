@@ -12,8 +12,9 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_ternary.kernels.matmul import MatmulKernel, define_matmul
+from tvm_ternary.kernels.matmul import Epilogue, MatmulKernel, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
+from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 from tvm_ternary.schedule.intrinsics import matmul_intrinsic
 
 SCHEDULED = "tirx.is_scheduled"
@@ -27,7 +28,7 @@ def matmul_function(
     tier: str,
     *,
     rows: int | None = None,
-    bias: bool = False,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  frozen
 ) -> tirx.PrimFunc:
     """A scheduled ternary matmul; with symbolic M, one that picks its variant by M when it runs.
 
@@ -41,17 +42,16 @@ def matmul_function(
         ISA tier of the target.
     rows : int, optional
         M where it is known: then only the variant that serves it is built.
-    bias : bool
-        Whether the function takes a bias.
+    epilogue : Epilogue
     """
     if rows is not None:
         variants = (next(v for v in variants if v.serves(rows)),)
-    sch = Schedule(define_matmul(kernel, shape, variants, rows=rows, bias=bias))
+    sch = Schedule(define_matmul(kernel, shape, variants, rows=rows, epilogue=epilogue))
     intrinsic = matmul_intrinsic(kernel, tier)
     for index, variant in enumerate(variants):
         _schedule_variant(sch, str(index), variant.tile, intrinsic)
     # 8 is TVM's "opaque" pattern: nothing is fused into a function that is already scheduled.
-    return sch.mod["main"].with_attr(SCHEDULED, 1).with_attr("op_pattern", 8)
+    return expand_vector_math(sch.mod["main"]).with_attr(SCHEDULED, 1).with_attr("op_pattern", 8)
 
 
 def _schedule_variant(sch: Schedule, suffix: str, tile: Tile, intrinsic: str) -> None:

@@ -1,0 +1,252 @@
+"""The main job: a model file in, one ``.so`` with its weights and its manifest out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from tvm_ternary.build.artifact import build_artifact
+from tvm_ternary.build.weights import describe_weights, weights_lie_beside
+from tvm_ternary.graph.importer import ImportedModel, import_onnx
+from tvm_ternary.graph.passes.ternarize import TernaryLayer
+from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
+from tvm_ternary.quantize import quantization_error, quantize
+from tvm_ternary.quantize.plan import LayerPlan, make_plan
+from tvm_ternary.runtime.manifest import FunctionInfo, LayerInfo, Manifest, ModelInfo, SizesInfo, TargetInfo
+from tvm_ternary.target import Target, resolve
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and of how many."""
+
+DEFAULT_SCHEME = "t3a8g64"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model.
+
+    Attributes
+    ----------
+    path : Path
+        The ``.so``.
+    manifest : Manifest
+        What it says about itself.
+    seconds : dict of str to float
+        Time each stage took.
+    """
+
+    path: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+
+
+def compile(
+    model: str | Path,
+    output: str | Path,
+    *,
+    target: str | Mapping[str, Any] = "native",
+    scheme: str = DEFAULT_SCHEME,
+    layers: str | Sequence[str] | Mapping[str, str] = "all",
+    method: str = "twn",
+    dims: Mapping[str, int] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    weights: str = "auto",
+    dump_ir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile an ONNX model with ternary weights to one shared library.
+
+    Parameters
+    ----------
+    model : path
+        The ``.onnx`` file.
+    output : path
+        The ``.so`` to write; it appears whole or not at all.
+    target : str or mapping
+        A name that `tvm_ternary.target.target_names` lists, ``native`` for this host, or a TVM target dictionary.
+    scheme : str
+        ``t{planes}a{activation bits}`` and the scales' granularity: ``g64`` for groups of 64, ``pt`` for one a matrix, nothing for one
+        a row. ``t3a8g64`` is three trit planes, int8 activations, groups of 64.
+    layers : str, sequence or mapping
+        Which matrices become ternary: ``all``, ``attention``, ``ffn`` or regular expressions over their names, each perhaps with a
+        scheme of its own (``"query|key=t3a8g64"``). The others stay float.
+    method : str
+        How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`.
+    dims : mapping of str to int, optional
+        Values of symbolic dimensions; the others stay dynamic.
+    constants : mapping, optional
+        Values of inputs that become constants (a sampling rate, a flag).
+    weights : str
+        ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
+    dump_ir : path, optional
+        Folder for the module after each phase.
+    progress : callable, optional
+        Told of each step.
+
+    Returns
+    -------
+    Artifact
+
+    Raises
+    ------
+    ModelError, UnsupportedOperatorError
+        If the model cannot be read, imported or quantized.
+    OptionError
+        If an option names something that does not exist; the message lists what does.
+    HostError
+        If there is no linker.
+    OutputError
+        If a file cannot be written.
+    """
+    stages = _Stages(progress)
+    resolved = resolve(target)
+    weights_lie_beside(0, weights)
+    source, destination = Path(model), Path(output)
+    dump = dump_to(dump_ir)
+    with stages.stage("import"):
+        imported = import_onnx(source, dims, constants)
+        dump("import", imported.module)
+        plan = make_plan({name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers)
+    with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
+        quantized, errors = _quantize(imported.params, plan, method, step)
+    with stages.stage("lower"):
+        size = sum(layer.packed_bytes for layer in quantized.values())
+        beside = weights_lie_beside(size, weights)
+        lowered = lower(imported, quantized, resolved, bind_weights=not beside, dump=dump)
+    with stages.stage("build"):
+        executable = tvm.compile(lowered.module, tvm.target.Target(resolved.tvm))
+    with stages.stage("link"):
+        params = lowered.ternary.params
+        manifest = _manifest(imported, source, plan, quantized, errors, lowered, resolved, scheme)
+        path = build_artifact(executable, manifest, destination, params if beside else None)
+    return Artifact(path, manifest, stages.seconds)
+
+
+def _quantize(
+    params: Mapping[str, npt.NDArray[Any]], plan: Sequence[LayerPlan], method: str, step: Callable[[], None]
+) -> tuple[dict[str, TernaryLayer], dict[str, float]]:
+    layers: dict[str, TernaryLayer] = {}
+    errors: dict[str, float] = {}
+    for row in plan:
+        if row.scheme is None:
+            continue
+        dense = params[row.name].T
+        weight = quantize(dense, row.scheme, method, name=row.name)
+        layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits)
+        errors[row.name] = quantization_error(dense, weight)
+        step()
+    return layers, errors
+
+
+def _manifest(
+    imported: ImportedModel,
+    source: Path,
+    plan: Sequence[LayerPlan],
+    layers: Mapping[str, TernaryLayer],
+    errors: Mapping[str, float],
+    lowered: LoweredModel,
+    target: Target,
+    scheme: str,
+) -> Manifest:
+    params, kernels = lowered.ternary.params, lowered.ternary.kernels
+    constants = _constant_bytes(imported.module)
+    before = sum(array.nbytes for array in imported.params.values()) + constants
+    rest = "a float table, read by rows"
+    tables = {name: (shape, rest) for name, shape in imported.embeddings.items()} | imported.others
+    return Manifest(
+        model=ModelInfo(imported.name, source.name, sha256(source.read_bytes()).hexdigest()),
+        inputs=imported.inputs,
+        outputs=imported.outputs,
+        scheme=scheme,
+        layers=(
+            *(_layer(row, layers.get(row.name), errors.get(row.name), params, lowered) for row in plan),
+            *(
+                LayerInfo(name, shape, "float32", None, 32.0, None, None, "rule", None, reason)
+                for name, (shape, reason) in tables.items()
+            ),
+        ),
+        functions=tuple(FunctionInfo(name, kernels.get(name), who) for name, who in lowered.schedules.items()),
+        target=TargetInfo(target.name, dict(target.tvm), tuple(sorted(target.features))),
+        versions={name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
+        weights=describe_weights(params),
+        sizes=SizesInfo(before, sum(array.nbytes for array in params.values()) + constants),
+    )
+
+
+def _layer(
+    row: LayerPlan,
+    layer: TernaryLayer | None,
+    error: float | None,
+    params: Mapping[str, npt.NDArray[Any]],
+    lowered: LoweredModel,
+) -> LayerInfo:
+    if layer is None:
+        return LayerInfo(row.name, row.shape, "float32", None, 32.0, None, None, "rule", None, row.reason)
+    kernel = layer.kernel.matmul
+    stored = params[f"{row.name}.{kernel.layout}"].nbytes + params[f"{row.name}.scale"].nbytes
+    sources = sorted({s for name, s in lowered.ternary.sources.items() if lowered.ternary.kernels[name] == kernel.name})
+    return LayerInfo(
+        name=row.name,
+        shape=row.shape,
+        became="ternary",
+        scheme=str(layer.scheme),
+        bits_per_weight=8 * stored / (row.shape[0] * row.shape[1]),
+        kernel=kernel.name,
+        layout=kernel.layout,
+        schedule=f"rule:{sources[0]}",
+        error=error,
+        reason=None,
+    )
+
+
+def _constant_bytes(module: tvm.IRModule) -> int:
+    """Bytes of the constants inside ``main``: biases, norms, tables."""
+    sizes: dict[Any, int] = {}
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, tvm.ir.GenericConst):
+            array = expr.value
+            sizes[expr] = int(np.prod(array.shape, dtype=np.int64)) * np.dtype(str(array.dtype)).itemsize
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return sum(sizes.values())
+
+
+@dataclass
+class _Stages:
+    """Times the stages and reports their steps."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
+        """Yield a function that counts a step; a stage of one step counts it by itself."""
+        done = 0
+        started = time.perf_counter()
+        self._report(name, 0, steps)
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self._report(name, done, steps)
+
+        yield step
+        self.seconds[name] = time.perf_counter() - started
+        if done < steps:
+            self._report(name, steps, steps)
+
+    def _report(self, name: str, done: int, steps: int) -> None:
+        if self.progress is not None:
+            self.progress(name, done, steps)

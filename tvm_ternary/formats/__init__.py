@@ -1,0 +1,49 @@
+"""Ternary tensors as data: the canonical planes, the packed layouts of the kernels, and checkpoint files."""
+
+from tvm_ternary.formats.checkpoint import FORMAT_VERSION, load_metadata, load_tensors, save_tensors
+from tvm_ternary.formats.granularity import Granularity, PerChannel, PerGroup, PerTensor, row_blocks
+from tvm_ternary.formats.layouts import (
+    BITS_BLOCK,
+    CODES_BLOCK,
+    LANES,
+    pack_bits,
+    pack_codes,
+    pack_scale,
+    pad_groups,
+    padded_k,
+    unpack_bits,
+    unpack_codes,
+)
+from tvm_ternary.formats.planes import pack_planes, plane_words, unpack_planes
+from tvm_ternary.formats.scheme import ACTIVATION_BITS, MAX_PLANES, Scheme, granularity_from_suffix
+from tvm_ternary.formats.ternary import TernaryTensor
+
+__all__ = [
+    "ACTIVATION_BITS",
+    "BITS_BLOCK",
+    "CODES_BLOCK",
+    "FORMAT_VERSION",
+    "LANES",
+    "MAX_PLANES",
+    "Granularity",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "Scheme",
+    "TernaryTensor",
+    "granularity_from_suffix",
+    "load_metadata",
+    "load_tensors",
+    "pack_bits",
+    "pack_codes",
+    "pack_planes",
+    "pack_scale",
+    "pad_groups",
+    "padded_k",
+    "plane_words",
+    "row_blocks",
+    "save_tensors",
+    "unpack_bits",
+    "unpack_codes",
+    "unpack_planes",
+]

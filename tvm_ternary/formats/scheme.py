@@ -1,0 +1,84 @@
+"""A quantization scheme and its short name: ``t1a8g128`` says all there is to say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tvm_ternary.errors import OptionError
+from tvm_ternary.formats.granularity import Granularity, PerChannel, PerGroup, PerTensor
+
+MAX_PLANES = 4
+ACTIVATION_BITS = (32, 8, 1)
+
+_SUFFIX = r"pt|g[1-9][0-9]{0,17}|"
+_NAME = re.compile(rf"t([1-4])a(32|8|1)({_SUFFIX})")
+_GRAMMAR = "t{1-4}a{32|8|1}, then nothing (a scale a row), g{size} (a scale a group) or pt (one scale)"
+_EXAMPLE = "for example t1a8g128, t2a32 or t1a1pt"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a float matrix becomes and what it is multiplied with.
+
+    Parameters
+    ----------
+    planes : int
+        Trit planes, 1 to 4: the weight is the sum of scale times trits over them.
+    activation_bits : int
+        32 (float32 activations), 8 (int8, quantized per row at run time) or 1 (ternary activations).
+    granularity : Granularity
+        Which weights share a scale.
+
+    Raises
+    ------
+    OptionError
+        If a value is none of these.
+    """
+
+    planes: int
+    activation_bits: int
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if type(self.planes) is not int or not 1 <= self.planes <= MAX_PLANES:
+            raise OptionError("Scheme", f"planes={self.planes!r}, expected 1 to {MAX_PLANES}", _EXAMPLE)
+        if type(self.activation_bits) is not int or self.activation_bits not in ACTIVATION_BITS:
+            raise OptionError("Scheme", f"activation_bits={self.activation_bits!r}, expected 32, 8 or 1", _EXAMPLE)
+        if not isinstance(self.granularity, Granularity):
+            kinds = "PerTensor(), PerChannel() or PerGroup(size)"
+            raise OptionError("Scheme", f"granularity={self.granularity!r}, expected {kinds}", _EXAMPLE)
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Read a short name such as ``t1a8g128``.
+
+        Raises
+        ------
+        OptionError
+            If the text is no scheme's name; the message lists what a name is made of.
+        """
+        match = _NAME.fullmatch(text)
+        if match is None:
+            raise OptionError(f"scheme {text!r}", f"unknown, expected {_GRAMMAR}", _EXAMPLE)
+        planes, bits, suffix = match.groups()
+        return cls(int(planes), int(bits), granularity_from_suffix(suffix))
+
+    def __str__(self) -> str:
+        return f"t{self.planes}a{self.activation_bits}{self.granularity.suffix}"
+
+
+def granularity_from_suffix(suffix: str) -> Granularity:
+    """Read what `Granularity.suffix` writes: ``""``, ``"pt"`` or ``"g128"``.
+
+    Raises
+    ------
+    OptionError
+        If the text is none of these.
+    """
+    if re.fullmatch(_SUFFIX, suffix) is None:
+        problem = "unknown, expected nothing (a scale a row), g{size} or pt"
+        raise OptionError(f"granularity {suffix!r}", problem, "for example g128")
+    if suffix == "":
+        return PerChannel()
+    return PerTensor() if suffix == "pt" else PerGroup(int(suffix[1:]))

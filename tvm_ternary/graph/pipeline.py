@@ -1,0 +1,109 @@
+"""From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
+
+    1 ternarize   planned matrices become calls to ternary kernels
+    2 bind        weights become constants, unless they are to lie beside the library
+    3 fuse        every other operator becomes TensorIR, element-wise chains are merged
+    4 schedule    every function that is not scheduled yet gets a CPU schedule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from tvm_ternary.errors import OutputError
+from tvm_ternary.files import atomic_path
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
+from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
+from tvm_ternary.schedule.cpu import schedule_module
+from tvm_ternary.target import Target
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """A module in which every function is scheduled, ready to be built.
+
+    Attributes
+    ----------
+    module : tvm.IRModule
+    ternary : TernaryModule
+        What the first phase made: its parameters and which function is which kernel.
+    schedules : dict of str to str
+        For every TensorIR function of ``module``, who scheduled it.
+    """
+
+    module: tvm.IRModule
+    ternary: TernaryModule
+    schedules: dict[str, str]
+
+
+def lower(
+    model: ImportedModel,
+    layers: Mapping[str, TernaryLayer],
+    target: Target,
+    *,
+    bind_weights: bool,
+    dump: Callable[[str, tvm.IRModule], None] = lambda phase, module: None,
+) -> LoweredModel:
+    """Run the phases.
+
+    Parameters
+    ----------
+    model : ImportedModel
+    layers : mapping of matrix name to TernaryLayer
+    target : Target
+    bind_weights : bool
+        Whether weights become constants of the module; otherwise they stay parameters of ``main``.
+    dump : callable
+        Called with a phase's name and its result.
+    """
+    ternary = ternarize(model.module, model.params, layers, target.tier)
+    dump("ternarize", ternary.module)
+    module = _bind(ternary) if bind_weights else ternary.module
+    dump("bind", module)
+    module = lower_graph_ops(module)
+    dump("fuse", module)
+    module, schedules = schedule_module(module, tvm.target.Target(target.tvm))
+    dump("schedule", module)
+    names = {var.name_hint for var, func in module.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
+    ours = {name: f"rule:{ternary.sources.get(name, 'rows')}" for name in ternary.kernels}
+    return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(names)})
+
+
+def _bind(ternary: TernaryModule) -> tvm.IRModule:
+    """Make constants of the parameters. They are matched by variable, since two names may differ only in punctuation."""
+    main = ternary.module["main"]
+    inputs = int(main.attrs["num_input"])
+    values = dict(zip(main.params[inputs:], map(tvm.runtime.tensor, ternary.params.values()), strict=True))
+    return relax.transform.BindParams("main", values)(ternary.module)
+
+
+def dump_to(folder: str | Path | None) -> Callable[[str, tvm.IRModule], None]:
+    """A ``dump`` that writes ``NN-PHASE.py`` into ``folder``, or does nothing where that is None.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be made or written.
+    """
+    if folder is None:
+        return lambda phase, module: None
+    root = Path(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(str(root), f"cannot make this folder: {error.strerror}") from error
+    count = 0
+
+    def write(phase: str, module: tvm.IRModule) -> None:
+        nonlocal count
+        count += 1
+        with atomic_path(root / f"{count:02d}-{phase}.py") as path:
+            path.write_text(module.script(show_meta=False))
+
+    return write

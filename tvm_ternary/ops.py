@@ -1,0 +1,133 @@
+"""Single compiled operators, for those who have a matrix and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.formats import TernaryTensor, pack_scale
+from tvm_ternary.kernels.matmul import EPILOGUES, Epilogue
+from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.ternary import matmul_function
+from tvm_ternary.schedule.tiles import load_tiles
+from tvm_ternary.target import resolve
+
+
+class Linear:
+    """y = epilogue(x w^T + bias) for a ternary w, compiled for any number of rows; made by `linear`.
+
+    Attributes
+    ----------
+    shape : (N, K)
+        out_features, in_features.
+    kernel : str
+        The kernel it runs.
+    schedule : str
+        The schedule file its tiles come from.
+    """
+
+    def __init__(
+        self,
+        weight: TernaryTensor,
+        bias: npt.NDArray[np.float32] | None,
+        epilogue: str | None,
+        activation_bits: int,
+        target: str | Mapping[str, Any],
+    ) -> None:
+        row, sizes, resolved = KERNELS[activation_bits], MatmulShape.of(weight), resolve(target)
+        tiles = load_tiles(row.matmul.name, resolved.tier)
+        self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, tiles.source
+        self._row, self._sizes = row, sizes
+        functions = {
+            "matmul": matmul_function(
+                row.matmul, sizes, tiles.variants, resolved.tier, epilogue=Epilogue(bias is not None, epilogue)
+            )
+        }
+        if not row.reads_rows_directly(sizes):
+            functions["rows"] = row.rows(sizes)
+        module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
+        library = tvm.compile(module, tvm.target.Target(resolved.tvm))
+        self._functions = {name: library[name] for name in functions}
+        constants = [row.pack(weight), pack_scale(weight), *([bias] if bias is not None else [])]
+        self._constants = [tvm.runtime.tensor(array) for array in constants]
+
+    def __call__(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Multiply.
+
+        Parameters
+        ----------
+        x : (..., K) float32
+
+        Returns
+        -------
+        (..., N) float32
+
+        Raises
+        ------
+        InputError
+            If x has another dtype or last dimension.
+        """
+        n, k = self.shape
+        if x.dtype != np.float32 or x.ndim < 1 or x.shape[-1] != k:
+            raise InputError("linear", f"x is {x.dtype} {x.shape}; expected float32 (..., {k})")
+        rows = tvm.runtime.tensor(np.ascontiguousarray(x.reshape(-1, k)))
+        m = rows.shape[0]
+        activations = [rows]
+        if "rows" in self._functions:
+            operands = self._row.matmul.activations
+            activations = [tvm.runtime.empty(o.shape(self._sizes, m), o.dtype) for o in operands]
+            self._functions["rows"](rows, *activations)
+        y = tvm.runtime.empty((m, n), "float32")
+        self._functions["matmul"](*activations, *self._constants, y)
+        return np.asarray(y.numpy()).reshape(*x.shape[:-1], n)
+
+
+def linear(
+    weight: TernaryTensor,
+    bias: npt.ArrayLike | None = None,
+    epilogue: str | None = None,
+    target: str | Mapping[str, Any] = "native",
+    *,
+    activation_bits: int = 32,
+) -> Linear:
+    """Compile a linear layer with a ternary weight.
+
+    Parameters
+    ----------
+    weight : TernaryTensor
+        (N, K), from `tvm_ternary.quantize`.
+    bias : (N,) array_like, optional
+        Float32.
+    epilogue : str, optional
+        ``relu``, ``gelu`` or ``silu``.
+    target : str or mapping
+        As in `tvm_ternary.compile`; it must be one that this host can run.
+    activation_bits : int
+        32 multiplies float activations, 8 quantizes each row to int8 first, 1 to ternary.
+
+    Returns
+    -------
+    Linear
+        ``y = linear(x)``, x (..., K) float32, y (..., N) float32, any number of rows.
+
+    Raises
+    ------
+    OptionError
+        If an option names something that does not exist.
+    InputError
+        If the bias does not have N values.
+    """
+    if activation_bits not in KERNELS:
+        raise OptionError(f"activation_bits {activation_bits}", f"does not exist; expected one of {sorted(KERNELS)}")
+    if epilogue is not None and epilogue not in EPILOGUES:
+        raise OptionError(f"epilogue {epilogue!r}", f"does not exist; expected one of {', '.join(EPILOGUES)}")
+    values = None if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+    if values is not None and values.shape != weight.shape[:1]:
+        raise InputError("linear", f"bias has shape {values.shape}; expected {weight.shape[:1]}")
+    return Linear(weight, values, epilogue, activation_bits, target)

@@ -1,0 +1,139 @@
+"""The plan: which matrix becomes ternary, with which scheme, and why another stays float.
+
+No matrix is skipped in silence: a plan has a row for each, and a row that stays float carries its reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tvm_ternary.errors import OptionError
+from tvm_ternary.formats import Scheme
+
+GROUPS: dict[str, str] = {
+    "all": r"",
+    "attention": r"(?i)attention|attn|\bquery\b|\bkey\b|\bvalue\b|q_proj|k_proj|v_proj|o_proj|out_proj|qkv|c_attn",
+    "ffn": (
+        r"(?i)^(?!.*(attention|attn))"
+        r".*(ffn|mlp|feed_?forward|intermediate|output\.dense|up_proj|down_proj|gate_proj|c_fc|\bfc\d|\bwi|\bwo\b|lin[12])"
+    ),
+}
+"""Words that stand for a pattern over matrix names, in the spellings of common exporters."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to become of one matrix.
+
+    Attributes
+    ----------
+    name : str
+    shape : (N, K)
+        out_features, in_features.
+    scheme : Scheme or None
+        None leaves it float.
+    reason : str or None
+        Why it stays float.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """One entry of ``layers``: a word or regular expression over matrix names, and the scheme of those it matches."""
+
+    text: str
+    pattern: re.Pattern[str]
+    scheme: Scheme
+
+
+def parse_layers(layers: str | Sequence[str] | Mapping[str, str], scheme: str | Scheme) -> list[LayerRule]:
+    """Read the ``layers`` option.
+
+    Parameters
+    ----------
+    layers : str, sequence of str, or mapping
+        Each entry is ``all``, ``attention``, ``ffn`` or a regular expression searched in matrix names, alone or with a scheme of its
+        own: ``"query|key=t3a8g64"``, or a mapping of one to the other. The first entry that matches a name decides.
+    scheme : str or Scheme
+        The scheme of entries without one.
+
+    Raises
+    ------
+    OptionError
+        If an entry is no regular expression, or a scheme does not exist.
+    """
+    default = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+    if isinstance(layers, Mapping):
+        entries = [(pattern, Scheme.parse(own)) for pattern, own in layers.items()]
+    else:
+        entries = [_entry(text, default) for text in ([layers] if isinstance(layers, str) else layers)]
+    return [LayerRule(text, _pattern(text), own) for text, own in entries]
+
+
+def make_plan(
+    matrices: Mapping[str, tuple[int, int]],
+    scheme: str | Scheme,
+    layers: str | Sequence[str] | Mapping[str, str] = "all",
+) -> list[LayerPlan]:
+    """Decide for each matrix.
+
+    Parameters
+    ----------
+    matrices : mapping of name to (N, K)
+    scheme, layers
+        As in `parse_layers`.
+
+    Raises
+    ------
+    OptionError
+        If an entry of ``layers`` matches no matrix; the message lists the names.
+    """
+    rules = parse_layers(layers, scheme)
+    for rule in rules:
+        if rule.text != "all" and not any(rule.pattern.search(name) for name in matrices):
+            known = ", ".join(matrices) or "none"
+            raise OptionError(f"layers {rule.text!r}", "matches no matrix of the model", f"matrices are: {known}")
+    return [_decide(name, shape, rules) for name, shape in matrices.items()]
+
+
+def _decide(name: str, shape: tuple[int, int], rules: Sequence[LayerRule]) -> LayerPlan:
+    rule = next((rule for rule in rules if rule.pattern.search(name)), None)
+    if rule is None:
+        return LayerPlan(name, shape, None, "not chosen by layers")
+    ternary, dense = packed_bits(shape, rule.scheme), 32 * shape[0] * shape[1]
+    if ternary >= dense:
+        return LayerPlan(
+            name, shape, None, f"{rule.scheme} would take {ternary // 8} bytes, float32 takes {dense // 8}"
+        )
+    return LayerPlan(name, shape, rule.scheme, None)
+
+
+def packed_bits(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bits of the packed planes and their scales as a kernel reads them, padding counted."""
+    n, k = shape
+    block = 32 if scheme.activation_bits == 1 else 16
+    groups = scheme.granularity.groups(k)
+    padded = groups * -(-scheme.granularity.group_size(k) // block) * block
+    rows = -(-n // 16) * 16
+    return scheme.planes * rows * (2 * padded + 32 * groups)
+
+
+def _entry(text: str, default: Scheme) -> tuple[str, Scheme]:
+    """Split ``PATTERN=SCHEME``; what stands behind the last = must be a scheme, since names hold none."""
+    pattern, found, own = text.rpartition("=")
+    return (pattern, Scheme.parse(own)) if found else (text, default)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(GROUPS.get(text, text))
+    except re.error as error:
+        words = ", ".join(GROUPS)
+        raise OptionError(f"layers {text!r}", f"is no regular expression: {error}", f"use one, or {words}") from error
