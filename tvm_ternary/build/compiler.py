@@ -17,6 +17,7 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.build.artifact import build_artifact
+from tvm_ternary.build.executable import build_executable
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
@@ -125,7 +126,7 @@ def compile(
         beside = weights_lie_beside(size, weights)
         lowered = lower(imported, quantized, resolved, bind_weights=not beside, dump=dump)
     with stages.stage("build"):
-        executable = tvm.compile(lowered.module, tvm.target.Target(resolved.tvm))
+        executable = build_executable(lowered.module, resolved.tvm)
     with stages.stage("link"):
         params = lowered.ternary.params
         manifest = _manifest(imported, source, plan, quantized, errors, lowered, resolved, scheme)

@@ -1,0 +1,116 @@
+"""What a caller may give a module, and what each mistake is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.runtime.inputs import check_inputs, check_outputs
+from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
+from tvm_ternary.runtime.sample import random_inputs
+
+SPECS = (TensorSpec("ids", "int64", ("batch", "n")), TensorSpec("x", "float32", ("batch", 4)))
+IDS = np.ones((2, 3), np.int64)
+X = np.ones((2, 4), np.float32)
+
+
+def test_arrays_come_back_in_the_declared_order() -> None:
+    ids, x = check_inputs(SPECS, {"x": X, "ids": IDS})
+    assert ids is IDS
+    assert x is X
+
+
+def test_lists_of_the_right_kind_are_arrays() -> None:
+    assert check_inputs(SPECS[:1], {"ids": [[1, 2], [3, 4]]})[0].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"ids": IDS, "x": X, "mask": X}, "input 'mask': no such input; expected 'ids', 'x'"),
+        ({"ids": IDS}, "input 'x': is missing; given: 'ids'; expected 'ids', 'x'"),
+        ({}, "input 'ids': is missing; given: none; expected 'ids', 'x'"),
+        ([IDS, X], "inputs: are a list; expected a mapping of name to array; names: 'ids', 'x'"),
+        (
+            {"ids": IDS.astype(np.int32), "x": X},
+            "input 'ids': has dtype int32; expected int64; cast it with .astype(numpy.int64)",
+        ),
+        (
+            {"ids": IDS, "x": X.astype(">f4")},
+            "input 'x': has dtype >f4; expected float32; cast it with .astype(numpy.float32)",
+        ),
+        ({"ids": IDS, "x": X[0]}, "input 'x': has 1 dimensions [4]; expected 2: [batch, 4]"),
+        ({"ids": IDS, "x": X[:, :3]}, "input 'x': has shape [2, 3]; expected [batch, 4]: axis 1 is 3, not 4"),
+        (
+            {"ids": IDS, "x": X[:1]},
+            "input 'x': has shape [1, 4]; expected [batch, 4] with batch=2, as input 'ids' has",
+        ),
+        ({"ids": [[1], [1, 2]], "x": X}, "input 'ids': is no array"),
+    ],
+)
+def test_each_mistake_is_named(inputs: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_inputs(SPECS, inputs)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dimension_named_twice_in_one_input() -> None:
+    square = TensorSpec("m", "float32", ("n", "n"))
+    check_inputs([square], {"m": np.zeros((3, 3), np.float32)})
+    with pytest.raises(InputError, match="with n=2, as input 'm' has"):
+        check_inputs([square], {"m": np.zeros((2, 3), np.float32)})
+
+
+def test_outputs_by_name() -> None:
+    assert check_outputs(SPECS, None) == [0, 1]
+    assert check_outputs(SPECS, ["x", "ids", "x"]) == [1, 0, 1]
+    assert check_outputs(SPECS, []) == []
+    with pytest.raises(InputError, match="output 'y': no such output; expected 'ids', 'x'"):
+        check_outputs(SPECS, ["y"])
+    with pytest.raises(InputError, match=r"are the string 'ids'; expected a list of names; write \['ids'\]"):
+        check_outputs(SPECS, "ids")
+
+
+DIMS = st.integers(0, 4) | st.sampled_from(["batch", "n", "m"])
+RANDOM_SPECS = st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(DIMS, max_size=3).map(tuple)), max_size=4).map(
+    lambda items: [TensorSpec(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate(items)]
+)
+
+
+@given(RANDOM_SPECS, st.integers(0, 9))
+def test_random_inputs_are_accepted_and_repeatable(specs: list[TensorSpec], seed: int) -> None:
+    made = random_inputs(specs, seed=seed)
+    check_inputs(specs, made)
+    again = random_inputs(specs, seed=seed)
+    for spec in specs:
+        np.testing.assert_array_equal(made[spec.name], again[spec.name])
+        if np.dtype(spec.dtype).kind in "biu":
+            assert set(np.unique(made[spec.name]).tolist()) <= {0, 1}
+            if made[spec.name].size and spec.shape:
+                assert (made[spec.name][..., 0] == 1).all()
+
+
+def test_random_inputs_take_dimensions_and_have_defaults() -> None:
+    assert random_inputs(SPECS)["ids"].shape == (1, 32)
+    assert random_inputs(SPECS, {"n": 7, "batch": 0})["ids"].shape == (0, 7)
+    assert not np.array_equal(random_inputs(SPECS, seed=1)["x"], random_inputs(SPECS, seed=2)["x"])
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"length": 3}, "dimension 'length': no such dimension; expected one of batch, n"),
+        ({"n": -1}, "dimension 'n': is -1; expected a whole number >= 0"),
+        ({"n": True}, "dimension 'n': is True"),
+    ],
+)
+def test_wrong_dimensions_for_random_inputs(dims: dict[str, int], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        random_inputs(SPECS, dims)
+    assert str(caught.value).startswith(message)

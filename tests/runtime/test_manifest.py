@@ -1,0 +1,165 @@
+"""The manifest goes to JSON and back without loss, and refuses everything that is not one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvm_ternary.errors import ArtifactError, LayoutError
+from tvm_ternary.runtime.manifest import (
+    DTYPES,
+    FunctionInfo,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    SizesInfo,
+    TargetInfo,
+    TensorSpec,
+    WeightsInfo,
+)
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+COUNTS = st.integers(0, 2**62)
+RATIOS = st.floats(0, 100)
+SPECS = st.builds(TensorSpec, NAMES, st.sampled_from(DTYPES), st.lists(st.one_of(COUNTS, NAMES), max_size=4).map(tuple))
+LAYERS = st.builds(
+    LayerInfo,
+    name=NAMES,
+    shape=st.tuples(COUNTS, COUNTS),
+    became=st.sampled_from(["ternary", "float32"]),
+    scheme=st.none() | NAMES,
+    bits_per_weight=RATIOS,
+    kernel=st.none() | NAMES,
+    layout=st.none() | NAMES,
+    schedule=st.sampled_from(["rule", "shipped", "tuned", "dlight"]),
+    error=st.none() | RATIOS,
+    reason=st.none() | NAMES,
+)
+TVM = st.fixed_dictionaries({"kind": st.just("llvm"), "mattr": st.lists(NAMES, max_size=2)})
+MANIFESTS = st.builds(
+    Manifest,
+    model=st.builds(ModelInfo, NAMES, NAMES, NAMES),
+    inputs=st.lists(SPECS, max_size=3).map(tuple),
+    outputs=st.lists(SPECS, max_size=3).map(tuple),
+    scheme=NAMES,
+    layers=st.lists(LAYERS, max_size=3).map(tuple),
+    functions=st.lists(st.builds(FunctionInfo, NAMES, st.none() | NAMES, NAMES), max_size=3).map(tuple),
+    target=st.builds(TargetInfo, NAMES, TVM, st.lists(NAMES, max_size=3).map(tuple)),
+    versions=st.dictionaries(NAMES, NAMES, max_size=3),
+    weights=st.builds(WeightsInfo, NAMES, COUNTS, st.none() | st.just("model.safetensors"), st.lists(NAMES).map(tuple)),
+    sizes=st.builds(SizesInfo, COUNTS, COUNTS),
+)
+PLAIN = Manifest(
+    model=ModelInfo("m", "m.onnx", "ab"),
+    inputs=(TensorSpec("x", "float32", ("batch", 4)),),
+    outputs=(),
+    scheme="t2a8g128",
+    layers=(LayerInfo("w", (3, 4), "ternary", "t2a8g128", 4.5, "gemv", "codes", "rule", 0.25, None),),
+    functions=(),
+    target=TargetInfo("x86-64-v3", {"kind": "llvm"}, ("avx2",)),
+    versions={"tvm_ternary": "0.1.0"},
+    weights=WeightsInfo("cd", 12),
+    sizes=SizesInfo(48, 12),
+)
+
+
+@given(MANIFESTS)
+def test_to_json_and_back(manifest: Manifest) -> None:
+    text = manifest.to_json()
+    assert Manifest.from_json(text) == manifest
+    assert Manifest.from_json(text).to_json() == text
+    assert "\n" not in text
+
+
+def test_the_text_is_canonical() -> None:
+    reordered = replace(PLAIN, target=replace(PLAIN.target, tvm={"mcpu": "b", "kind": "a"}))
+    same = replace(PLAIN, target=replace(PLAIN.target, tvm={"kind": "a", "mcpu": "b"}))
+    assert reordered.to_json() == same.to_json()
+    document = json.loads(PLAIN.to_json())
+    assert list(document) == sorted(document)
+    assert document["format"] == "tvm-ternary"
+    assert document["version"] == 1
+    assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
+    assert document["weights"] == {"sha256": "cd", "bytes": 12, "file": None, "names": []}
+    assert document == PLAIN.to_dict()
+
+
+def test_numbers_that_json_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        replace(PLAIN, layers=(replace(PLAIN.layers[0], error=float("nan")),)).to_json()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", "[]", "3", '{"format": "onnx", "version": 1}'])
+def test_text_that_is_no_manifest(text: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        Manifest.from_json(text, "model.so")
+    assert str(caught.value).startswith("model.so: the manifest is not ")
+    assert "\n" not in str(caught.value)
+
+
+def every_key(document: dict[str, Any]) -> list[tuple[str | int, ...]]:
+    """Paths of all keys that the format fixes."""
+    paths: list[tuple[str | int, ...]] = [(key,) for key in document]
+    for key in ("model", "weights", "sizes", "target"):
+        paths += [(key, inner) for inner in document[key]]
+    return paths + [(part, 0, key) for part in ("inputs", "layers") for key in document[part][0]]
+
+
+def parent(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:
+    for step in path[:-1]:
+        document = document[step]  # type: ignore[index]
+    return document
+
+
+@pytest.mark.parametrize("path", every_key(PLAIN.to_dict()), ids=lambda path: ".".join(map(str, path)))
+def test_each_key_is_needed_and_has_its_kind(path: tuple[str | int, ...]) -> None:
+    document = PLAIN.to_dict()
+    del parent(document, path)[path[-1]]
+    with pytest.raises(ArtifactError) as missing:
+        Manifest.from_json(json.dumps(document))
+    document = PLAIN.to_dict()
+    parent(document, path)[path[-1]] = True
+    with pytest.raises(ArtifactError) as wrong:
+        Manifest.from_json(json.dumps(document))
+    assert str(path[-1]) in str(missing.value)
+    assert str(path[-1]) in str(wrong.value)
+
+
+def test_an_unknown_version_or_key_is_refused() -> None:
+    newer = {**PLAIN.to_dict(), "version": 2}
+    with pytest.raises(ArtifactError, match="has version 2; expected 1; compile the model again, or update"):
+        Manifest.from_json(json.dumps(newer))
+    with pytest.raises(ArtifactError, match="unknown key 'signature'"):
+        Manifest.from_json(json.dumps({**PLAIN.to_dict(), "signature": ""}))
+
+
+@pytest.mark.parametrize("file", ["../weights.safetensors", "/etc/passwd", "", ".."])
+def test_a_weights_file_outside_the_folder_is_refused(file: str) -> None:
+    document = PLAIN.to_dict()
+    document["weights"]["file"] = file
+    with pytest.raises(ArtifactError, match="expected a name without folder"):
+        Manifest.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "message"),
+    [
+        ("float8", (1,), "dtype is 'float8'; expected one of bool, int8"),
+        ("float32", (-1,), "dimension -1; expected a number >= 0 or a name"),
+        ("float32", ("",), "dimension ''"),
+        ("float32", (True,), "dimension True"),
+        ("float32", (1.5,), "dimension 1.5"),
+    ],
+)
+def test_a_tensor_that_cannot_be(dtype: str, shape: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        TensorSpec("x", dtype, shape)
+
+
+def test_a_tensor_reads_well() -> None:
+    assert str(TensorSpec("x", "float32", ("batch", 4))) == "x: float32[batch, 4]"

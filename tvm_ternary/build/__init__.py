@@ -1,0 +1,1 @@
+"""From a compiled Relax executable to the artifact file, reproducibly."""

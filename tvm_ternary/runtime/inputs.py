@@ -1,0 +1,99 @@
+"""Check what a caller gives a module against what its manifest declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_ternary.errors import InputError
+from tvm_ternary.runtime.manifest import TensorSpec
+
+
+def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, npt.ArrayLike]) -> list[npt.NDArray[Any]]:
+    """Give the inputs as arrays in the order of ``specs``.
+
+    Nothing is cast or broadcast: a dtype or shape that does not fit is an error.
+
+    Raises
+    ------
+    InputError
+        If an input is missing or unknown, or has another dtype, rank or shape than declared, or two inputs give one
+        named dimension different numbers.
+    """
+    names = [spec.name for spec in specs]
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            "inputs", f"are a {type(inputs).__name__}; expected a mapping of name to array", f"names: {_list(names)}"
+        )
+    for name in inputs:
+        if name not in names:
+            raise InputError(f"input {name!r}", f"no such input; expected {_list(names)}")
+    for name in names:
+        if name not in inputs:
+            given = _list(list(inputs)) if inputs else "none"
+            raise InputError(f"input {name!r}", f"is missing; given: {given}; expected {_list(names)}")
+    bound: dict[str, tuple[int, str]] = {}
+    return [_check(spec, inputs[spec.name], bound) for spec in specs]
+
+
+def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:
+    """Give the positions of the named outputs, all of them for None.
+
+    Raises
+    ------
+    InputError
+        If there is no output of some name.
+    """
+    known = [spec.name for spec in specs]
+    if names is None:
+        return list(range(len(known)))
+    if isinstance(names, str):
+        raise InputError("output names", f"are the string {names!r}; expected a list of names", f"write [{names!r}]")
+    for name in names:
+        if name not in known:
+            raise InputError(f"output {name!r}", f"no such output; expected {_list(known)}")
+    return [known.index(name) for name in names]
+
+
+def _check(spec: TensorSpec, value: npt.ArrayLike, bound: dict[str, tuple[int, str]]) -> npt.NDArray[Any]:
+    subject = f"input {spec.name!r}"
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(subject, f"is no array ({error})", f"expected {spec}") from error
+    if array.dtype != np.dtype(spec.dtype):
+        raise InputError(
+            subject,
+            f"has dtype {array.dtype}; expected {spec.dtype}",
+            f"cast it with .astype(numpy.{_numpy(spec.dtype)})",
+        )
+    shape = f"[{', '.join(map(str, spec.shape))}]"
+    if array.ndim != len(spec.shape):
+        raise InputError(
+            subject, f"has {array.ndim} dimensions {list(array.shape)}; expected {len(spec.shape)}: {shape}"
+        )
+    for axis, (got, declared) in enumerate(zip(array.shape, spec.shape, strict=True)):
+        if isinstance(declared, int):
+            if got != declared:
+                raise InputError(
+                    subject, f"has shape {list(array.shape)}; expected {shape}: axis {axis} is {got}, not {declared}"
+                )
+            continue
+        expected, source = bound.setdefault(declared, (got, spec.name))
+        if got != expected:
+            raise InputError(
+                subject,
+                f"has shape {list(array.shape)}; expected {shape} with {declared}={expected}, as input {source!r} has",
+            )
+    return array
+
+
+def _numpy(dtype: str) -> str:
+    return "bool_" if dtype == "bool" else dtype
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)

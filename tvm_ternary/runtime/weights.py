@@ -1,0 +1,130 @@
+"""Read the weights that lie beside an artifact: a safetensors file, with numpy alone.
+
+The format: eight bytes, the header's length, little endian; the header, a JSON object of name to dtype, shape and byte
+range; the data (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_ternary.errors import ArtifactError
+from tvm_ternary.runtime.manifest import WeightsInfo
+
+LENGTH = struct.Struct("<Q")
+_CHUNK = 1 << 24
+DTYPES = {
+    "BOOL": "?",
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "U8": "<u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
+
+
+def read_weights(folder: Path, info: WeightsInfo) -> tuple[npt.NDArray[Any], ...]:
+    """Map the tensors that a manifest names, after checking the file against its SHA-256.
+
+    Parameters
+    ----------
+    folder : Path
+        The artifact's folder.
+    info : WeightsInfo
+        Which file, which tensors, which checksum. ``file`` must not be None.
+
+    Returns
+    -------
+    tuple of arrays
+        In the order of ``info.names``; read-only views of the mapped file, aligned only as the file has them.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing, is not the one that the artifact was compiled with, or lacks a tensor.
+    """
+    assert info.file is not None
+    path = folder / info.file
+    try:
+        digest = _digest(path)
+        if digest != info.sha256:
+            problem = f"has SHA-256 {digest[:12]}…; the artifact was compiled with {info.sha256[:12]}…"
+            raise ArtifactError(str(path), problem, "copy the .so and its weights together, or compile again")
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            str(path), "no such file, but the artifact's weights lie there", "copy it next to the .so"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            str(path), f"cannot be read ({error.strerror or error})", "check its permissions"
+        ) from error
+    return _tensors(data, info.names, str(path))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_header(data: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
+    """Give a safetensors file's header and where its data begins.
+
+    Parameters
+    ----------
+    data : (bytes,) uint8
+        The whole file.
+
+    Raises
+    ------
+    ValueError
+        If it is no safetensors file.
+    """
+    if data.size < LENGTH.size:
+        raise ValueError(f"{data.size} bytes")
+    (length,) = LENGTH.unpack(data[: LENGTH.size].tobytes())
+    start = LENGTH.size + length
+    if start > data.size:
+        raise ValueError(f"a header of {length} bytes in a file of {data.size}")
+    header = json.loads(data[LENGTH.size : start].tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header, start
+
+
+def _tensors(data: npt.NDArray[np.uint8], names: tuple[str, ...], subject: str) -> tuple[npt.NDArray[Any], ...]:
+    try:
+        header, start = read_header(data)
+        return tuple(_tensor(data[start:], header[name]) for name in names)
+    except KeyError as error:
+        raise ArtifactError(
+            subject, f"lacks the tensor or field {error.args[0]!r}", "compile the model again"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(subject, f"is not a safetensors file ({error})", "compile the model again") from error
+
+
+def _tensor(data: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[Any]:
+    begin, end = entry["data_offsets"]
+    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
+    if not 0 <= begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"bytes {begin} to {end} do not hold {shape} of {dtype}")
+    # np.ndarray over the buffer, because .view() of a slice refuses some empty shapes.
+    return np.ndarray(shape, dtype, buffer=data, offset=begin)

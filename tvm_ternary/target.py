@@ -1,0 +1,341 @@
+"""Named targets: which instructions the code may use, and what this host has.
+
+A target is named by the instruction set alone. Its TVM dictionary holds a generic ``mcpu`` and no fact of the
+building host, so that one name gives one code everywhere. Features are spelled as in ``/proc/cpuinfo``; LLVM spells
+some otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tvm_ternary.errors import HostError, OptionError
+
+# The levels of the x86-64 psABI above the baseline, section 3.1.1 (https://gitlab.com/x86-psABIs/x86-64-ABI).
+_X86_V2 = frozenset({"cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"})
+_X86_V3 = _X86_V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"}
+_X86_V4 = _X86_V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+# What Ice Lake and Zen 4 share beyond the fourth level. Cascade Lake has VNNI but not the others.
+_VNNI_EXTRA = ("avx512_bitalg", "avx512_vbmi2", "avx512_vnni", "avx512_vpopcntdq", "avx512ifma", "avx512vbmi", "gfni")
+_X86_VNNI = _X86_V4 | frozenset(_VNNI_EXTRA)
+_ARM_DOT = frozenset({"asimd", "asimddp"})
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What a kernel may count on.
+
+    Parameters
+    ----------
+    vector_bits : int
+        Width of the widest vector register.
+    features : frozenset of str
+        Instruction set extensions that every target of this tier has, as in ``/proc/cpuinfo``.
+    """
+
+    vector_bits: int
+    features: frozenset[str]
+
+
+# Worst to best.
+TIERS: dict[str, Tier] = {
+    "portable": Tier(128, frozenset()),
+    "avx2": Tier(256, _X86_V3),
+    "avx512": Tier(512, _X86_V4),
+    "avx512-vnni": Tier(512, _X86_VNNI),
+}
+
+# /proc/cpuinfo name -> LLVM name, for every extension that a target dictionary may switch on.
+_LLVM_NAMES: dict[str, dict[str, str]] = {
+    "x86_64": {
+        "pni": "sse3",
+        "ssse3": "ssse3",
+        "sse4_1": "sse4.1",
+        "sse4_2": "sse4.2",
+        "cx16": "cx16",
+        "lahf_lm": "sahf",
+        "popcnt": "popcnt",
+        "abm": "lzcnt",
+        "avx": "avx",
+        "avx2": "avx2",
+        "bmi1": "bmi",
+        "bmi2": "bmi2",
+        "f16c": "f16c",
+        "fma": "fma",
+        "movbe": "movbe",
+        "xsave": "xsave",
+        "avx_vnni": "avxvnni",
+        "avx512f": "avx512f",
+        "avx512bw": "avx512bw",
+        "avx512cd": "avx512cd",
+        "avx512dq": "avx512dq",
+        "avx512vl": "avx512vl",
+        "avx512_bf16": "avx512bf16",
+        "avx512_bitalg": "avx512bitalg",
+        "avx512_fp16": "avx512fp16",
+        "avx512_vbmi2": "avx512vbmi2",
+        "avx512_vnni": "avx512vnni",
+        "avx512_vpopcntdq": "avx512vpopcntdq",
+        "avx512ifma": "avx512ifma",
+        "avx512vbmi": "avx512vbmi",
+        "gfni": "gfni",
+        "vaes": "vaes",
+        "vpclmulqdq": "vpclmulqdq",
+    },
+    "aarch64": {
+        "asimd": "neon",
+        "asimddp": "dotprod",
+        "asimdhp": "fullfp16",
+        "bf16": "bf16",
+        "i8mm": "i8mm",
+        "sve": "sve",
+        "sve2": "sve2",
+    },
+}
+# LLVM switches that choose among instructions without asking for any.
+_TUNING = frozenset({"prefer-256-bit"})
+
+# Extensions that an mcpu brings along, by architecture. Other CPU names are refused: only LLVM knows what they imply.
+_MCPU: dict[str, dict[str, frozenset[str]]] = {
+    "x86_64": {
+        "x86-64": frozenset(),
+        "x86-64-v2": _X86_V2,
+        "x86-64-v3": _X86_V3,
+        "x86-64-v4": _X86_V4,
+    },
+    "aarch64": {"generic": frozenset({"asimd"})},
+}
+_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the code shall run.
+
+    Parameters
+    ----------
+    name : str
+        The name that gives this target again, ``llvm:...`` for one made from a dictionary.
+    tvm : dict
+        What `tvm.target.Target` takes.
+    features : frozenset of str
+        CPU features that the host must have, as in ``/proc/cpuinfo``.
+    tier : str
+        Key of `TIERS`: which kernels fit.
+    """
+
+    name: str
+    tvm: dict[str, Any] = field(hash=False)
+    features: frozenset[str]
+    tier: str
+
+    @property
+    def vector_bits(self) -> int:
+        """Width of the widest vector register."""
+        return TIERS[self.tier].vector_bits
+
+    @property
+    def architecture(self) -> str:
+        """``x86_64`` or ``aarch64``."""
+        return str(self.tvm["mtriple"]).partition("-")[0]
+
+
+@dataclass(frozen=True)
+class _Row:
+    architecture: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: frozenset[str]
+    tier: str
+
+
+# LLVM tunes x86-64-v4 for 256-bit vectors; the loops it vectorises by itself would leave half of each register idle.
+_WIDE = "-prefer-256-bit"
+# Worst to best within an architecture: `native` takes the last one that the host can run.
+_ROWS: dict[str, _Row] = {
+    "x86-64-v2": _Row("x86_64", "x86-64-v2", (), _X86_V2, "portable"),
+    "x86-64-v3": _Row("x86_64", "x86-64-v3", (), _X86_V3, "avx2"),
+    "x86-64-v4": _Row("x86_64", "x86-64-v4", (_WIDE,), _X86_V4, "avx512"),
+    "avx512-vnni": _Row(
+        "x86_64",
+        "x86-64-v4",
+        (*(f"+{_LLVM_NAMES['x86_64'][name]}" for name in _VNNI_EXTRA), _WIDE),
+        _X86_VNNI,
+        "avx512-vnni",
+    ),
+    "aarch64": _Row("aarch64", "generic", ("+neon", "+dotprod"), _ARM_DOT, "portable"),
+}
+
+
+def target_names() -> tuple[str, ...]:
+    """Names that `resolve` takes, ``native`` first."""
+    return ("native", *_ROWS)
+
+
+def resolve(target: str | Mapping[str, Any] | Target) -> Target:
+    """Give the target of a name, of a TVM target dictionary, or of such a dictionary as JSON text.
+
+    Parameters
+    ----------
+    target : str or mapping or Target
+        One of `target_names`. ``native`` becomes the best named target that this host can run, under that target's
+        own name. A dictionary must have ``kind`` llvm; its ``mcpu`` must be a generic one, because the artifact has
+        to state which CPU features it needs. Keys that are not about the instruction set are passed to TVM as they
+        are.
+
+    Raises
+    ------
+    OptionError
+        If there is no such target, or none in this version.
+    HostError
+        If ``native`` is asked for on a host that runs none of the named targets.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, Mapping):
+        return _from_dict(target)
+    if target.lstrip().startswith("{"):
+        return _from_json(target)
+    if target == "native":
+        return native(host_features(), platform.machine())
+    if target in _ROWS:
+        return _from_row(target)
+    if target == "amx" or target.split("-")[0] in ("cuda", "nvidia"):
+        raise OptionError(
+            f"target {target}", f"not yet in this version; expected one of {_listed()}", "compile for a CPU"
+        )
+    raise OptionError(f"target {target}", f"no such target; expected one of {_listed()} or a TVM target dictionary")
+
+
+def native(features: frozenset[str], architecture: str) -> Target:
+    """Give the best named target that a CPU with these features can run.
+
+    Parameters
+    ----------
+    features : frozenset of str
+        As `host_features` returns them.
+    architecture : str
+        ``x86_64`` or ``aarch64``.
+
+    Raises
+    ------
+    HostError
+        If there is none.
+    """
+    fitting = [name for name, row in _ROWS.items() if row.architecture == architecture and row.features <= features]
+    if fitting:
+        return _from_row(fitting[-1])
+    lowest = next((name for name, row in _ROWS.items() if row.architecture == architecture), None)
+    if lowest is None:
+        raise HostError(
+            "target native", f"this host is {architecture}; expected {' or '.join(_TRIPLES)}", "name a target"
+        )
+    missing = ", ".join(sorted(_ROWS[lowest].features - features))
+    raise HostError(
+        "target native", f"this CPU lacks {missing}, which {lowest} needs", "name a target to compile for another host"
+    )
+
+
+def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Give the CPU features that every processor of this host has.
+
+    Parameters
+    ----------
+    cpuinfo : Path
+        The kernel's description of the processors.
+
+    Returns
+    -------
+    frozenset of str
+        The words of the ``flags`` (x86-64) or ``Features`` (aarch64) line.
+
+    Raises
+    ------
+    HostError
+        If the description is missing or names no features: the host is not Linux on a known architecture.
+    """
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise HostError(
+            str(cpuinfo), f"cannot be read ({reason}), so the CPU's features are unknown", "Linux is needed"
+        ) from error
+    lines = {line for line in text.splitlines() if line.partition(":")[0].strip() in ("flags", "Features")}
+    sets = [frozenset(line.partition(":")[2].split()) for line in lines]
+    if not sets:
+        raise HostError(str(cpuinfo), "names no CPU features; expected a line 'flags' or 'Features'", "name a target")
+    return frozenset.intersection(*sets)
+
+
+def _listed() -> str:
+    return ", ".join(target_names())
+
+
+def _from_row(name: str) -> Target:
+    row = _ROWS[name]
+    tvm: dict[str, Any] = {"kind": "llvm", "mtriple": _TRIPLES[row.architecture], "mcpu": row.mcpu}
+    if row.mattr:
+        tvm["mattr"] = list(row.mattr)
+    return Target(name, tvm, row.features, row.tier)
+
+
+def _from_json(text: str) -> Target:
+    try:
+        return _from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise OptionError(
+            "target", f"starts as JSON but is none ({error})", 'example: {"kind": "llvm", "mcpu": "x86-64-v3"}'
+        ) from error
+
+
+def _from_dict(given: Mapping[str, Any]) -> Target:
+    tvm = deepcopy(dict(given))
+    if tvm.get("kind") != "llvm":
+        raise OptionError(
+            "target", f"kind is {tvm.get('kind')!r}; expected 'llvm'", "other kinds are not yet in this version"
+        )
+    architecture = _architecture(tvm)
+    mcpus = _MCPU[architecture]
+    mcpu = tvm.setdefault("mcpu", next(iter(mcpus)))
+    if not isinstance(mcpu, str) or mcpu not in mcpus:
+        raise OptionError(
+            "target",
+            f"mcpu is {mcpu!r}, whose CPU features are not known here; expected one of {', '.join(mcpus)}",
+            "add further features by mattr, such as '+avx512vnni'",
+        )
+    features = _apply_mattr(mcpus[mcpu], tvm.get("mattr", []), architecture)
+    fitting = [name for name, tier in TIERS.items() if tier.features <= features]
+    return Target(_dict_name(tvm), tvm, features, fitting[-1])
+
+
+def _architecture(tvm: dict[str, Any]) -> str:
+    triple = tvm.setdefault("mtriple", _TRIPLES.get(platform.machine(), platform.machine()))
+    architecture, _, rest = str(triple).partition("-")
+    if architecture not in _TRIPLES or "linux" not in rest:
+        raise OptionError("target", f"mtriple is {triple!r}; expected {' or '.join(_TRIPLES.values())}")
+    return architecture
+
+
+def _apply_mattr(features: frozenset[str], mattr: object, architecture: str) -> frozenset[str]:
+    known = {llvm: name for name, llvm in _LLVM_NAMES[architecture].items()}
+    if not isinstance(mattr, list | tuple) or not all(isinstance(item, str) for item in mattr):
+        raise OptionError("target", f"mattr is {mattr!r}; expected a list such as ['+avx512vnni']")
+    for item in mattr:
+        sign, name = item[:1], item[1:]
+        if sign not in ("+", "-") or name not in known.keys() | _TUNING:
+            choices = ", ".join(sorted(known.keys() | _TUNING))
+            raise OptionError("target", f"mattr holds {item!r}; expected '+' or '-' and one of {choices}")
+        if name in known:
+            features = features | {known[name]} if sign == "+" else features - {known[name]}
+    return features
+
+
+def _dict_name(tvm: dict[str, Any]) -> str:
+    return ",".join((f"llvm:{tvm['mcpu']}", *tvm.get("mattr", [])))
