@@ -232,3 +232,12 @@ def test_a_full_disk_leaves_the_old_file(saved: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_the_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "x.safetensors", {"a": np.ones(3, np.float32)})
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640

@@ -24,6 +24,7 @@ from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
 from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
+from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import FunctionInfo, LayerInfo, Manifest, ModelInfo, SizesInfo, TargetInfo
 from tvm_ternary.target import Target, resolve
 
@@ -131,6 +132,8 @@ def compile(
         params = lowered.ternary.params
         manifest = _manifest(imported, source, plan, quantized, errors, lowered, resolved, scheme)
         path = build_artifact(executable, manifest, destination, params if beside else None)
+        # Read back, which checks the file and brings what was filled in while it was written.
+        manifest = read_artifact(path).manifest
     return Artifact(path, manifest, stages.seconds)
 
 

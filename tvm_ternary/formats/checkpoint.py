@@ -64,10 +64,13 @@ def save_tensors(
     }
     header["checksum"] = _header_checksum(header)
     with atomic_path(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             save_file(arrays, temporary, metadata={_KEY: json.dumps(header, sort_keys=True)})
         except SafetensorError as error:
             raise OutputError(os.fspath(path), f"cannot be written ({error})", "check free space") from error
+        # save_file puts a file of mode 0600 in the place of the one that had what the umask gives.
+        temporary.chmod(mode)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, TernaryTensor | npt.NDArray[Any]]:
