@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tvm_ternary.errors import OutputError
-from tvm_ternary.files import atomic_path
+from tvm_ternary.files import atomic_path, require_writable
 
 
 def test_writes_a_new_file_with_the_mode_of_the_umask(tmp_path: Path) -> None:
@@ -138,3 +138,23 @@ def test_a_long_name_leaves_room_for_the_token(tmp_path: Path) -> None:
     with atomic_path(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
+
+
+def test_require_writable_says_what_is_wrong_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(tmp_path / "new.so")
+    (tmp_path / "old.so").write_text("old")
+    require_writable(tmp_path / "old.so")
+    for path, problem in (
+        (tmp_path, "is a folder"),
+        (Path("/dev/null"), "is a folder or a device"),
+        (tmp_path / "none" / "new.so", "does not exist"),
+    ):
+        with pytest.raises(OutputError, match=problem):
+            require_writable(path)
+    # Root may write anywhere, so the answer is made up here.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="may not be written"):
+        require_writable(tmp_path / "new.so")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old.so"]

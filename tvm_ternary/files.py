@@ -42,7 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         # Without this a device such as /dev/null would be replaced by a plain file when run by root.
         if target.exists() and not target.is_file():
-            raise OutputError(os.fspath(path), "is a folder or a device, expected a file", "name a file to write")
+            raise _not_a_file(path)
         # Not tempfile.mkstemp: that makes mode 0600, and the finished file must have what the umask gives.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
@@ -58,6 +58,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _output_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Fail now rather than after minutes of work, if `atomic_path` could not write ``path``.
+
+    Raises
+    ------
+    OutputError
+        If ``path`` is a folder or a device, or its folder is missing or may not be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise _not_a_file(path)
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputError(os.fspath(path), f"its folder {folder} does not exist", "make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(os.fspath(path), f"its folder {folder} may not be written", "name another")
+
+
+def _not_a_file(path: str | os.PathLike[str]) -> OutputError:
+    return OutputError(os.fspath(path), "is a folder or a device, expected a file", "name a file to write")
 
 
 def _sync(path: Path) -> None:

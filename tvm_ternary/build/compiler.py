@@ -19,6 +19,7 @@ from tvm import relax
 from tvm_ternary.build.artifact import build_artifact
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
+from tvm_ternary.files import require_writable
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
@@ -115,6 +116,7 @@ def compile(
     resolved = resolve(target)
     weights_lie_beside(0, weights)
     source, destination = Path(model), Path(output)
+    require_writable(destination)
     dump = dump_to(dump_ir)
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)
