@@ -10,7 +10,7 @@ matmul_a8   avx512-vnni   4 x (shift, and, vpdpbusd)
 matmul_a8   avx512        4 x (shift, and, vpmaddubsw, add) then vpmaddwd, add
 matmul_a8   avx2          the same on two 256-bit halves
 matmul_a8   portable      8 x (shift, and, 16-bit multiply, add), widened once a block
-matmul_a32  any           16 x (shift, and, fused multiply-add), see `_float32`
+matmul_a32  any           16 x (shift, and, multiply-add), see `_float_fields`
 matmul_a1   any           and, xor, and, two vector population counts (32 k x 16 n)
 ==========  ============  ================================================================================================
 
@@ -103,19 +103,43 @@ def _int8_portable(weight: Any, x: Any, acc: Any) -> None:
     _store(acc, 0, LANES, _vector(acc, 0, LANES, "int32") + total)
 
 
-def _float32(weight: Any, x: Any, acc: Any) -> None:
-    """Codes to floats by their bits alone: no conversion, no table.
+def _float_fields(weight: Any) -> Any:
+    """Words of codes whose low bits are flipped (0, 1, 2 -> 1, 0, 3).
 
-    A code with its low bit flipped (0, 1, 2 -> 1, 0, 3), shifted to bits 31 and 30 of a float32, reads as +2, +0 or -2:
-    minus twice the trit, which is what `A32` accumulates.
+    Such a code in bits 31 and 30 of a float32 reads as +2, +0 or -2, minus twice the trit, which is what `A32` accumulates: codes
+    become floats by their bits alone, without a conversion or a table.
     """
-    words = T.bitwise_xor(_vector(weight, 0, LANES, "uint32"), T.broadcast(T.uint32(0x55555555), LANES))
-    total = _vector(acc, 0, LANES, "float32")
+    return T.bitwise_xor(_vector(weight, 0, LANES, "uint32"), T.broadcast(T.uint32(0x55555555), LANES))
+
+
+def _add_field(total: Any, words: Any, x: Any) -> Any:
+    """Add x times the float in the two highest bits of each word."""
+    field = T.bitwise_and(words, T.broadcast(T.uint32(0xC0000000), LANES))
+    return total + T.reinterpret(field, dtype=f"float32x{LANES}") * T.broadcast(x, LANES)
+
+
+def _float32(weight: Any, x: Any, acc: Any) -> None:
+    """Each code is shifted to the top by itself, so that the rows of a tile share the sixteen shifted words."""
+    words, total = _float_fields(weight), _vector(acc, 0, LANES, "float32")
     for k in range(16):
         left = 30 - (8 * (k % 4) + 2 * (k // 4))
         moved = words if left == 0 else T.shift_left(words, T.broadcast(T.uint32(left), LANES))
-        field = T.bitwise_and(moved, T.broadcast(T.uint32(0xC0000000), LANES))
-        total = total + T.reinterpret(field, dtype=f"float32x{LANES}") * T.broadcast(x[k], LANES)
+        total = _add_field(total, moved, x[k])
+    _store(acc, 0, LANES, total)
+
+
+def _float32_portable(weight: Any, x: Any, acc: Any) -> None:
+    """The words move up by two bits at a time, from the highest code down.
+
+    With sixteen registers of four lanes, sixteen independent shifts are spilled as soon as they are made. A fence hides that each shift
+    follows another, or LLVM would merge them into those.
+    """
+    words, total = _float_fields(weight), _vector(acc, 0, LANES, "float32")
+    floats = f"float32x{LANES}"
+    for bit in range(30, -1, -2):
+        total = _add_field(total, words, x[4 * (bit % 8 // 2) + bit // 8])
+        moved = T.shift_left(words, T.broadcast(T.uint32(2), LANES))
+        words = T.reinterpret(_llvm("llvm.arithmetic.fence", floats, T.reinterpret(moved, dtype=floats)), dtype=f"uint32x{LANES}")
     _store(acc, 0, LANES, total)
 
 
@@ -135,7 +159,12 @@ IMPLEMENTATIONS: dict[str, dict[str, _Emit]] = {
         "avx2": _int8_pairs(8, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
         "portable": _int8_portable,
     },
-    "matmul_a32": {"portable": _float32},
+    "matmul_a32": {
+        "avx512-vnni": _float32,
+        "avx512": _float32,
+        "avx2": _float32,
+        "portable": _float32_portable,
+    },
     "matmul_a1": {"portable": _ternary},
 }
 """Kernel to tier to implementation; a tier without a row of its own takes the portable one."""
