@@ -1,0 +1,114 @@
+"""``tvm-ternary compile``: an ONNX file in, a shared library with ternary weights out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import tvm_ternary
+from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, whole_number
+from tvm_ternary.errors import InputError
+from tvm_ternary.target import target_names
+
+_DESCRIPTION = f"""\
+Compile an ONNX model to one shared library whose matrices are ternary: each is a sum of one to four matrices of
+{{-1, 0, 1}}, with a scale for every group of weights. The table at the end says what became of every matrix, or why it
+stayed float.
+
+schemes   t3a8g64: 3 trit planes (t1 to t4: more are nearer to the float weights, larger and slower), int8 activations
+          (a8; a32: float32, a1: ternary), a scale for every 64 weights (g64; nothing: one a row; pt: one a matrix)
+targets   {", ".join(target_names())}, or a TVM target as JSON; native is this CPU
+methods   absmax, absmean, meanstd, percentile, twn: how one plane is fitted
+"""
+_EXAMPLES = """\
+  tvm-ternary compile model.onnx -o model.so
+  tvm-ternary compile model.onnx -o model.so --scheme t1a8g128 --dim batch=1
+  tvm-ternary compile model.onnx -o model.so --layers ffn --layers 'query|key=t4a8g64'
+  tvm-ternary compile model.onnx -o model.so --target x86-64-v3 --weights beside
+  tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb and its options."""
+    parser = add_verb(verbs, "compile", "compile an ONNX model to a .so with ternary weights", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="the .onnx file")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the .so to write; whole or not at all")
+    parser.add_argument("--target", default="native", help="where it shall run (default: %(default)s)")
+    parser.add_argument("--scheme", help="what matrices become (default: t3a8g64)")
+    parser.add_argument(
+        "--layers",
+        metavar="PATTERN[=SCHEME]",
+        action="append",
+        help="which matrices: all (default), attention, ffn, or a regular expression searched in their names, perhaps "
+        "with a scheme of its own; may be repeated, the first that matches counts; the others stay float",
+    )
+    parser.add_argument("--method", default="twn", help="how one plane is fitted (default: %(default)s)")
+    parser.add_argument(
+        "--dim", metavar="NAME=VALUE", action="append", default=[], help="fix a symbolic dimension; may be repeated"
+    )
+    parser.add_argument(
+        "--constant",
+        metavar="INPUT=VALUE",
+        action="append",
+        default=[],
+        help="make an input a constant, a number or a list such as [[1,2]]; may be repeated",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "inside", "beside"),
+        default="auto",
+        help="where the weights go: inside the .so, or beside it in a safetensors file (default: beside over 1 GiB)",
+    )
+    parser.add_argument("--dump-ir", metavar="DIR", help="write the program after every phase to this folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, showing progress, and print what became of every matrix."""
+    dims = parse_pairs("--dim", args.dim, "batch=1")
+    constants = parse_pairs("--constant", args.constant, "sr=16000")
+    options: dict[str, Any] = {
+        "target": args.target,
+        "layers": args.layers or "all",
+        "method": args.method,
+        "dims": {name: whole_number("--dim", name, text) for name, text in dims.items()},
+        "constants": {name: _constant(name, text) for name, text in constants.items()},
+        "weights": args.weights,
+        "dump_ir": args.dump_ir,
+    }
+    if args.scheme is not None:
+        options["scheme"] = args.scheme
+
+    from tvm_ternary.cli.progress import show_progress
+
+    with show_progress(quiet=args.quiet or args.json) as progress:
+        artifact = tvm_ternary.compile(args.model, args.output, progress=progress, **options)
+    file_bytes = artifact.path.stat().st_size
+    if args.json:
+        manifest = artifact.manifest.to_dict()
+        print_json({"path": str(artifact.path), "bytes": file_bytes, "seconds": artifact.seconds, "manifest": manifest})
+    elif not args.quiet:
+        from tvm_ternary.analysis.report import layers_table, summary_table
+        from tvm_ternary.cli.tables import print_tables
+
+        summary = summary_table(artifact.manifest, file_bytes, artifact.seconds)
+        print_tables([layers_table(artifact.manifest.layers), summary])
+    return 0
+
+
+def _constant(name: str, text: str) -> Any:
+    """Read a number, a bool or a list of them as an array."""
+    import numpy as np
+
+    try:
+        array = np.asarray(json.loads(text))
+    except ValueError:
+        array = np.asarray(text)
+    if array.dtype.kind not in "bif":
+        problem = f"{name} is {text!r}; expected a number, true, false, or a list of them with equal rows"
+        raise InputError("--constant", problem, "for example sr=16000")
+    return array

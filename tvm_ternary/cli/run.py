@@ -1,0 +1,148 @@
+"""``tvm-ternary run``: run an artifact on given or random inputs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, whole_number
+from tvm_ternary.errors import InputError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from tvm_ternary.runtime.manifest import TensorSpec
+
+    Arrays = dict[str, npt.NDArray[Any]]
+
+_NAME_LENGTH = 100
+
+_DESCRIPTION = """\
+Run a compiled model. An input that is not given is random within its declared shape; a dimension that is not given is
+1 if it leads a shape, 32 otherwise, or what the given inputs have.
+"""
+_EXAMPLES = """\
+  tvm-ternary run model.so
+  tvm-ternary run model.so --dim batch=1 --dim length=128 --repeat 50 --threads 1
+  tvm-ternary run model.so --input input_ids=ids.npy --input attention_mask=mask.npy --output results
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb and its options."""
+    parser = add_verb(verbs, "run", "run a compiled model, and time it", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("library", metavar="SO", help="a .so made by 'tvm-ternary compile'")
+    parser.add_argument(
+        "--input", metavar="NAME=FILE.npy", action="append", default=[], help="an input's values; may be repeated"
+    )
+    parser.add_argument(
+        "--dim", metavar="NAME=VALUE", action="append", default=[], help="size of a dimension; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", help="write every output there as NAME.npy")
+    parser.add_argument("--repeat", metavar="N", type=int, help="time N runs, after one to warm up")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads that compute (default: one a core)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the model once, time it if asked, and print what came out."""
+    if args.seed < 0:
+        raise OptionError("--seed", f"is {args.seed}; expected a whole number")
+    files = parse_pairs("--input", args.input, "input_ids=ids.npy")
+    dims = {name: whole_number("--dim", name, text) for name, text in parse_pairs("--dim", args.dim, "batch=1").items()}
+
+    from tvm_ternary.analysis.report import array_stats, outputs_table, timing_table
+    from tvm_ternary.runtime.module import load
+    from tvm_ternary.runtime.sample import random_inputs
+
+    module = load(args.library, threads=args.threads)
+    given = {name: _read_array(name, file) for name, file in files.items()}
+    sizes = _dimensions(module.inputs, given, dims)
+    inputs = {**random_inputs(module.inputs, sizes, args.seed), **given}
+    names = [spec.name for spec in module.outputs]
+    outputs = module.run(None, inputs)
+    written = _write_arrays(Path(args.output), names, outputs) if args.output else None
+    timing = module.time(inputs, args.repeat) if args.repeat is not None else None
+    stats = [array_stats(name, array) for name, array in zip(names, outputs, strict=True)]
+    if args.json:
+        document = {
+            "threads": module.threads,
+            "inputs": [{"name": name, "dtype": a.dtype.name, "shape": a.shape} for name, a in inputs.items()],
+            "outputs": [asdict(item) for item in stats],
+            "files": None if written is None else [str(path) for path in written],
+            "seconds": None if timing is None else asdict(timing),
+        }
+        print_json(document)
+        return 0
+    from tvm_ternary.cli.tables import print_tables
+
+    print_tables([outputs_table(stats), *([timing_table(timing, module.threads)] if timing else [])])
+    return 0
+
+
+def _read_array(name: str, file: str) -> npt.NDArray[Any]:
+    import numpy as np
+
+    subject, hint = f"input {name!r}", "write it with numpy.save"
+    try:
+        array = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(subject, f"{file}: no such file") from error
+    except OSError as error:
+        raise InputError(subject, f"{file} cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError) as error:
+        raise InputError(subject, f"{file} is not a whole .npy file of numbers", hint) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise InputError(subject, f"{file} is an archive; expected a .npy file of one array", hint)
+    return array
+
+
+def _dimensions(specs: Sequence[TensorSpec], given: Arrays, dims: dict[str, int]) -> dict[str, int]:
+    """Add to ``dims`` the sizes that the given arrays have, so that random inputs fit them."""
+    sizes = dict(dims)
+    for spec in specs:
+        array = given.get(spec.name)
+        if array is None or array.ndim != len(spec.shape):
+            # A wrong rank is reported when the model is run, with all that was expected.
+            continue
+        for name, size in zip(spec.shape, array.shape, strict=True):
+            if isinstance(name, str) and sizes.setdefault(name, size) != size and name in dims:
+                raise InputError(f"input {spec.name!r}", f"has {name}={size}; --dim says {name}={dims[name]}")
+    return sizes
+
+
+def _write_arrays(folder: Path, names: Sequence[str], arrays: Sequence[npt.NDArray[Any]]) -> list[Path]:
+    import numpy as np
+
+    from tvm_ternary.files import atomic_path
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            str(folder), f"cannot be made a folder ({error.strerror or error})", "choose another"
+        ) from error
+    paths = [folder / f"{stem}.npy" for stem in _file_stems(names)]
+    for path, array in zip(paths, arrays, strict=True):
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
+    return paths
+
+
+def _file_stems(names: Sequence[str]) -> list[str]:
+    """Give each output a file name that stays in its folder and is no other output's."""
+    stems: list[str] = []
+    for index, name in enumerate(names):
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".")[:_NAME_LENGTH] or f"output_{index}"
+        # Compared without case: some file systems do not tell case apart.
+        while stem.lower() in {other.lower() for other in stems}:
+            stem += "_"
+        stems.append(stem)
+    return stems
