@@ -40,7 +40,9 @@ def main() -> None:
     print(f"{'scheme':10} {'bits/weight':>11} {'cosine':>8} {'worst':>8} {'similarity off by':>18}")
     for row in measure(feeds, expected):
         rows.append(row)
-        print(f"{row['scheme']:10} {row['bits']:11.2f} {row['cosine']:8.4f} {row['worst']:8.4f} {row['similarity']:18.4f}")
+        print(
+            f"{row['scheme']:10} {row['bits']:11.2f} {row['cosine']:8.4f} {row['worst']:8.4f} {row['similarity']:18.4f}"
+        )
     if args.json is not None:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if args.plot is not None:

@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_first.py [--threads 1] [--size 4096] [--json FILE]
 
-Ours and the peer alternate in one process; each answer is checked before it is timed. Times are medians with p20 and p80.
+Ours and the peer alternate in one process; each answer is checked before it is timed. Times are medians with p20 and
+p80.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append one line for each measurement to this file")
     args = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = str(args.threads)
-    facts = {"cpu": cpu_name(), "threads": args.threads, "onnxruntime": version("onnxruntime"), "tvm": version("apache-tvm")}
+    facts = {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "onnxruntime": version("onnxruntime"),
+        "tvm": version("apache-tvm"),
+    }
     print(f"{facts['cpu']}, {args.threads} thread(s), onnxruntime {facts['onnxruntime']}, TVM {facts['tvm']}")
     print(f"{'what':58} {'ours us':>9} {'p20':>9} {'p80':>9} {'ort us':>9} {'ratio':>6}")
     for row in itertools.chain(matmuls(args), model(args)):
-        print(f"{row['what']:58} {row['ours']:9.0f} {row['p20']:9.0f} {row['p80']:9.0f} {row['peer']:9.0f} {row['ratio']:5.1f}x")
+        times = " ".join(f"{row[key]:9.0f}" for key in ("ours", "p20", "p80", "peer"))
+        print(f"{row['what']:58} {times} {row['ratio']:5.1f}x")
         if args.json is not None:
             with args.json.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(facts | row) + "\n")
@@ -54,7 +61,12 @@ def matmuls(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense = rng.standard_normal((size, size), dtype=np.float32)
     x = rng.standard_normal((1, size), dtype=np.float32)
     peer = float_matmul(dense, args.threads)
-    tiers = {"portable": {"kind": "llvm", "mcpu": "x86-64"}, "avx2": "x86-64-v3", "avx512": "x86-64-v4", "avx512-vnni": "avx512-vnni"}
+    tiers = {
+        "portable": {"kind": "llvm", "mcpu": "x86-64"},
+        "avx2": "x86-64-v3",
+        "avx512": "x86-64-v4",
+        "avx512-vnni": "avx512-vnni",
+    }
     for scheme in ("t1", "t1g64"):
         weight = tt.quantize(dense, scheme=scheme.replace("t1", "t1a32", 1))
         expected = x.astype(np.float64) @ weight.dequantize().T

@@ -140,9 +140,7 @@ def test_a_long_name_leaves_room_for_the_token(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
-def test_require_writable_says_what_is_wrong_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_require_writable_says_what_is_wrong_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "new.so")
     (tmp_path / "old.so").write_text("old")
     require_writable(tmp_path / "old.so")

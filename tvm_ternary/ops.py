@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.errors import HostError, InputError, OptionError
 from tvm_ternary.formats import TernaryTensor, pack_scale
 from tvm_ternary.kernels.matmul import EPILOGUES, Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import load_tiles
-from tvm_ternary.target import resolve
+from tvm_ternary.target import Target, host_features, resolve
 
 
 class Linear:
@@ -38,21 +39,21 @@ class Linear:
         bias: npt.NDArray[np.float32] | None,
         epilogue: str | None,
         activation_bits: int,
-        target: str | Mapping[str, Any],
+        target: Target,
     ) -> None:
-        row, sizes, resolved = KERNELS[activation_bits], MatmulShape.of(weight), resolve(target)
-        tiles = load_tiles(row.matmul.name, resolved.tier)
+        row, sizes = KERNELS[activation_bits], MatmulShape.of(weight)
+        tiles = load_tiles(row.matmul.name, target.tier)
         self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, tiles.source
         self._row, self._sizes = row, sizes
         functions = {
             "matmul": matmul_function(
-                row.matmul, sizes, tiles.variants, resolved.tier, epilogue=Epilogue(bias is not None, epilogue)
+                row.matmul, sizes, tiles.variants, target.tier, epilogue=Epilogue(bias is not None, epilogue)
             )
         }
         if not row.reads_rows_directly(sizes):
             functions["rows"] = row.rows(sizes)
         module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
-        library = tvm.compile(module, tvm.target.Target(resolved.tvm))
+        library = tvm.compile(module, tvm.target.Target(target.tvm))
         self._functions = {name: library[name] for name in functions}
         constants = [row.pack(weight), pack_scale(weight), *([bias] if bias is not None else [])]
         self._constants = [tvm.runtime.tensor(array) for array in constants]
@@ -121,13 +122,28 @@ def linear(
     OptionError
         If an option names something that does not exist.
     InputError
-        If the bias does not have N values.
+        If the weight is empty or the bias does not have N values.
+    HostError
+        If this host cannot run the target's code.
     """
     if activation_bits not in KERNELS:
         raise OptionError(f"activation_bits {activation_bits}", f"does not exist; expected one of {sorted(KERNELS)}")
     if epilogue is not None and epilogue not in EPILOGUES:
         raise OptionError(f"epilogue {epilogue!r}", f"does not exist; expected one of {', '.join(EPILOGUES)}")
-    values = None if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+    if 0 in weight.shape:
+        raise InputError("linear", f"weight has shape {weight.shape}; expected at least one row and one column")
+    values = None if bias is None else np.asarray(bias, dtype=np.float32, order="C")
     if values is not None and values.shape != weight.shape[:1]:
         raise InputError("linear", f"bias has shape {values.shape}; expected {weight.shape[:1]}")
-    return Linear(weight, values, epilogue, activation_bits, target)
+    resolved = resolve(target)
+    _check_host(resolved)
+    return Linear(weight, values, epilogue, activation_bits, resolved)
+
+
+def _check_host(target: Target) -> None:
+    subject, hint = f"target {target.name}", "leave target out to compile for this host"
+    if target.architecture != platform.machine():
+        raise HostError(subject, f"is for {target.architecture}; this host is {platform.machine()}", hint)
+    missing = sorted(target.features - host_features())
+    if missing:
+        raise HostError(subject, f"this CPU lacks {', '.join(missing)}", hint)

@@ -197,6 +197,15 @@ def test_bad_model(model: Path, tmp_path: Path, spoil: object, parts: list[str])
     assert not (tmp_path / "out.so").exists()
 
 
+def test_the_model_itself_as_output(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_bytes(model.read_bytes())
+    (tmp_path / "link.so").symlink_to(target)
+    for output in (target, tmp_path / "link.so"):
+        assert "is the model itself" in error_line(cli("compile", target, "-o", output))
+    assert target.read_bytes() == model.read_bytes()
+
+
 def test_folder_that_does_not_exist(model: Path, tmp_path: Path) -> None:
     line = error_line(cli("compile", model, "-o", tmp_path / "no" / "out.so"))
     assert str(tmp_path / "no" / "out.so") in line

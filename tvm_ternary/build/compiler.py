@@ -19,11 +19,13 @@ from tvm import relax
 from tvm_ternary.build.artifact import build_artifact
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
+from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
 from tvm_ternary.quantize import quantization_error, quantize
+from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import FunctionInfo, LayerInfo, Manifest, ModelInfo, SizesInfo, TargetInfo
@@ -79,11 +81,11 @@ def compile(
     target : str or mapping
         A name that `tvm_ternary.target.target_names` lists, ``native`` for this host, or a TVM target dictionary.
     scheme : str
-        ``t{planes}a{activation bits}`` and the scales' granularity: ``g64`` for groups of 64, ``pt`` for one a matrix, nothing for one
-        a row. ``t3a8g64`` is three trit planes, int8 activations, groups of 64.
+        ``t{planes}a{activation bits}`` and the scales' granularity: ``g64`` for groups of 64, ``pt`` for one a matrix,
+        nothing for one a row. ``t3a8g64`` is three trit planes, int8 activations, groups of 64.
     layers : str, sequence or mapping
-        Which matrices become ternary: ``all``, ``attention``, ``ffn`` or regular expressions over their names, each perhaps with a
-        scheme of its own (``"query|key=t3a8g64"``). The others stay float.
+        Which matrices become ternary: ``all``, ``attention``, ``ffn`` or regular expressions over their names, each
+        perhaps with a scheme of its own (``"query|key=t3a8g64"``). The others stay float.
     method : str
         How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`.
     dims : mapping of str to int, optional
@@ -117,6 +119,9 @@ def compile(
     weights_lie_beside(0, weights)
     source, destination = Path(model), Path(output)
     require_writable(destination)
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise OutputError(str(output), "is the model itself", "choose another name")
+    find_method(method)
     dump = dump_to(dump_ir)
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)

@@ -1,9 +1,9 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-    1 ternarize   planned matrices become calls to ternary kernels
-    2 bind        weights become constants, unless they are to lie beside the library
-    3 fuse        every other operator becomes TensorIR, element-wise chains are merged
-    4 schedule    every function that is not scheduled yet gets a CPU schedule
+1 ternarize   planned matrices become calls to ternary kernels
+2 bind        weights become constants, unless they are to lie beside the library
+3 fuse        every other operator becomes TensorIR, element-wise chains are merged
+4 schedule    every function that is not scheduled yet gets a CPU schedule
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def lower(
 
 
 def _bind(ternary: TernaryModule) -> tvm.IRModule:
-    """Make constants of the parameters. They are matched by variable, since two names may differ only in punctuation."""
+    """Make constants of the parameters, matched by variable, since two names may differ only in punctuation."""
     main = ternary.module["main"]
     inputs = int(main.attrs["num_input"])
     values = dict(zip(main.params[inputs:], map(tvm.runtime.tensor, ternary.params.values()), strict=True))

@@ -1,9 +1,9 @@
-"""What activations become before a ternary matmul: int8 rows, ternary rows as bit planes, or float rows padded to whole blocks.
+"""What activations become before a ternary matmul: int8 rows, ternary rows as bit planes, or padded float rows.
 
-One function a row format, for any M, vectorised by explicit 16-lane loops that any LLVM target compiles. A row is written group by
-group, each padded with zeros to whole blocks of the packed weight, so that ragged groups and a ragged K need no other code anywhere.
-A matrix row is quantized once: matmuls that read the same activations share the result, because the calls are equal and the graph's
-common subexpressions are merged.
+One function a row format, for any M, vectorised by explicit 16-lane loops that any LLVM target compiles. A row is
+written group by group, each padded with zeros to whole blocks of the packed weight, so that ragged groups and a ragged
+K need no other code anywhere. A matrix row is quantized once: matmuls that read the same activations share the result,
+because the calls are equal and the graph's common subexpressions are merged.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _BITS = 32
 
 
 def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
-    """Absmax quantization of each row: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M, G) float32.
+    """Absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M, G) float32.
 
-    A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a group:
-    x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of a value is at most
-    x_scale / 2.
+    A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a
+    group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of
+    a value is at most x_scale / 2.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
@@ -73,10 +73,11 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
 
 
 def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
-    """Per-row ternarization to bit planes: x (M, K) float32 -> x_bits (M, Kw, 2) uint32 (nonzero, minus), x_scale (M,) float32.
+    """Per-row ternarization: x (M, K) float32 -> x_bits (M, Kw, 2) uint32, nonzero and minus, x_scale (M,) float32.
 
-    A value is zero where |x| <= mean|x| / 2, the threshold of BitNet b1.58's absmean rounding (Ma et al. 2024, eq. 1-3); x_scale is
-    the mean |x| of the others, which minimises the squared error for these trits (Li et al. 2016, eq. 5).
+    A value is zero where |x| <= mean|x| / 2, the threshold of BitNet b1.58's absmean rounding (Ma et al. 2024, eq.
+    1-3); x_scale is the mean |x| of the others, which minimises the squared error for these trits (Li et al. 2016, eq.
+    5).
     """
     words = shape.groups * shape.group_blocks(_BITS)
     with _function("quantize_rows_ternary") as built:
@@ -172,7 +173,7 @@ def _blocks(
     value: Callable[[Expr, Expr, Expr, int], None],
     zero: Callable[[Expr], None],
 ) -> None:
-    """Visit one group: ``value(k in the group, place in the padded row, lane, width)`` for what is there, ``zero(place)`` behind.
+    """Visit one group: ``value(k in the group, place, lane, width)`` for what is there, ``zero(place)`` behind.
 
     The indices of a whole block are ramps of sixteen, those of what is left single numbers: width is 16 or 1.
     """

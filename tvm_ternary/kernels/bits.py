@@ -1,4 +1,4 @@
-"""The popcount kernel: ternary activations and weights as bit planes, 32 k's of a row in a word, sixteen rows in a block.
+"""The popcount kernel: ternary activations and weights as bit planes, 32 k's of a row in a word, 16 rows in a block.
 
 With the nonzero planes (a, b) and the minus planes (a-, b-), both nonzero is z = a & b and the product is -1 where
 (a- ^ b-) & z, so dot = pop(z) - 2 pop(z & (a- ^ b-)): two population counts instead of the four of the plus/minus form.
@@ -47,7 +47,7 @@ A1 = MatmulKernel(
 
 def reference_a1_dot(x_trits: np.ndarray, weight: TernaryTensor) -> np.ndarray:
     """The integers inside `A1`: dot(t[p, n, g], x[m, g]), exact, (M, N, P, G) int64; x_trits (M, K) in {-1, 0, 1}."""
-    n, k = weight.shape
+    k = weight.shape[1]
     size = weight.granularity.group_size(k)
     trits = weight.trits()
     groups = [slice(g, min(g + size, k)) for g in range(0, max(k, 1), size)]

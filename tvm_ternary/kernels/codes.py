@@ -60,10 +60,11 @@ A32 = MatmulKernel(
     weight=WEIGHT,
     accumulator="float32",
     steps=(4, 4),
-    # -2 t x summed, then halved once: a code becomes the float -2 t by its bits alone (see schedule.intrinsics), and doubling and
-    # halving change no rounding.
+    # -2 t x summed, then halved once: a code becomes the float -2 t by its bits alone (see schedule.intrinsics), and
+    # doubling and halving change no rounding.
     multiply_add=lambda b, row, p, nb, kb, lane, s, j: (
-        T.Cast("float32", 2 - T.Cast("int32", _code(b, p, nb, kb, lane, s, j)) * 2) * b["x"][row, kb * BLOCK + s * 4 + j]
+        T.Cast("float32", 2 - T.Cast("int32", _code(b, p, nb, kb, lane, s, j)) * 2)
+        * b["x"][row, kb * BLOCK + s * 4 + j]
     ),
     group_value=lambda b, acc, row, g: acc * T.float32(-0.5),
     row_scale=None,
@@ -75,11 +76,11 @@ def reference_a32(x: np.ndarray, weight: TernaryTensor, bias: np.ndarray | None 
     scale = _per_weight_scale(weight)
     dense = (weight.trits().astype(np.float64) * scale).sum(axis=0)
     y = x.astype(np.float64) @ dense.T
-    return y if bias is None else y + bias
+    return np.asarray(y if bias is None else y + bias)
 
 
 def reference_a8_accumulators(x_q: np.ndarray, weight: TernaryTensor) -> np.ndarray:
-    """The integers inside `A8`: dot(t[p, n, g], x_q[m, g]), exact, (M, N, P, G) int64; x_q (M, K) int8 without padding."""
+    """The integers inside `A8`: dot(t[p, n, g], x_q[m, g]), exact, (M, N, P, G) int64; x_q (M, K) int8, not padded."""
     n, k = weight.shape
     groups, size = weight.granularity.groups(k), weight.granularity.group_size(k)
     trits = weight.trits().astype(np.int64)

@@ -11,9 +11,10 @@ Three blocks, which is all a schedule needs to know:
 ``y``
     the epilogue: the row's scale, the bias, the store.
 
-Weights come in blocks of 16 out_features (see ``formats.layouts``), so a vector lane is an output and no sum ever crosses lanes.
-Rows and blocks are counted in tiles. Where a tile reaches past the last row or block, it reads the last one again (an index is
-clamped) and only the store is guarded: any M and N run the same code and nothing outside an array is touched.
+Weights come in blocks of 16 out_features (see ``formats.layouts``), so a vector lane is an output and no sum ever
+crosses lanes. Rows and blocks are counted in tiles. Where a tile reaches past the last row or block, it reads the last
+one again (an index is clamped) and only the store is guarded: any M and N run the same code and nothing outside an
+array is touched.
 
 What differs between kinds of activation (their operands, one multiply-add, the zero-point) is a `MatmulKernel`.
 """
@@ -108,13 +109,17 @@ class Epilogue:
     activation: str | None = None
 
 
+PLAIN = Epilogue()
+"""Nothing happens to it."""
+
+
 def define_matmul(
     kernel: MatmulKernel,
     shape: MatmulShape,
     variants: Sequence[Variant],
     *,
     rows: int | None = None,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008  frozen
+    epilogue: Epilogue = PLAIN,
 ) -> tirx.PrimFunc:
     """The unscheduled computation of ``kernel`` for weights of ``shape``.
 
@@ -123,8 +128,8 @@ def define_matmul(
     kernel : MatmulKernel
     shape : MatmulShape
     variants : sequence of Variant
-        The tiles in which rows and blocks are counted, in ascending order of the rows they serve: one branch of the function each,
-        chosen by M when it runs. Block names end in the variant's index.
+        The tiles in which rows and blocks are counted, in ascending order of the rows they serve: one branch of the
+        function each, chosen by M when it runs. Block names end in the variant's index.
     rows : int, optional
         M where it is known; None leaves it symbolic.
     epilogue : Epilogue
@@ -132,8 +137,8 @@ def define_matmul(
     Returns
     -------
     tirx.PrimFunc
-        Parameters: the kernel's activations, the packed weight, scale (P, G, 16 * blocks) float32, bias (N,) float32 where there
-        is one, and the result y (M, N) float32.
+        Parameters: the kernel's activations, the packed weight, scale (P, G, 16 * blocks) float32, bias (N,) float32
+        where there is one, and the result y (M, N) float32.
     """
     m = rows if rows is not None else tirx.Var("M", "int64")
     operands = [
@@ -156,7 +161,8 @@ def _emit_branches(m: Expr, branches: list[tuple[int | None, Callable[[], None]]
     """if M <= the first limit: the first branch, else: the rest; the last branch has no condition."""
     (limit, emit), *rest = branches
     if not rest:
-        return emit()
+        emit()
+        return
     assert limit is not None
     with T.If(m <= limit):
         with T.Then():

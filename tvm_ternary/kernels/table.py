@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy.typing as npt
 from tvm import tirx
@@ -35,7 +36,7 @@ class TernaryKernel:
     """
 
     matmul: MatmulKernel
-    pack: Callable[[TernaryTensor], npt.NDArray]
+    pack: Callable[[TernaryTensor], npt.NDArray[Any]]
     rows: Callable[[MatmulShape], tirx.PrimFunc]
     reads_rows_directly: Callable[[MatmulShape], bool]
 

@@ -130,6 +130,19 @@ METHODS: dict[str, Method] = {
 }
 
 
+def find_method(name: str) -> Method:
+    """Look a method up.
+
+    Raises
+    ------
+    OptionError
+        If there is none of this name; the message lists them.
+    """
+    if name not in METHODS:
+        raise OptionError(f"method {name!r}", f"unknown, expected one of {', '.join(METHODS)}", "the default is twn")
+    return METHODS[name]
+
+
 def _mean(magnitude: Floats) -> npt.NDArray[np.float64]:
     return np.asarray(magnitude.sum(axis=1, dtype=np.float64) / max(1, magnitude.shape[1]))
 

@@ -59,8 +59,9 @@ def parse_layers(layers: str | Sequence[str] | Mapping[str, str], scheme: str | 
     Parameters
     ----------
     layers : str, sequence of str, or mapping
-        Each entry is ``all``, ``attention``, ``ffn`` or a regular expression searched in matrix names, alone or with a scheme of its
-        own: ``"query|key=t3a8g64"``, or a mapping of one to the other. The first entry that matches a name decides.
+        Each entry is ``all``, ``attention``, ``ffn`` or a regular expression searched in matrix names, alone or with a
+        scheme of its own: ``"query|key=t3a8g64"``, or a mapping of one to the other. The first entry that matches a
+        name decides.
     scheme : str or Scheme
         The scheme of entries without one.
 

@@ -17,7 +17,7 @@ from tvm_ternary.formats.planes import pack_planes, plane_words
 from tvm_ternary.formats.scheme import Scheme
 from tvm_ternary.formats.ternary import TernaryTensor
 from tvm_ternary.quantize.exact import recognise
-from tvm_ternary.quantize.methods import METHODS, Floats, Result
+from tvm_ternary.quantize.methods import Floats, Result, find_method
 from tvm_ternary.quantize.refit import refit_scales
 
 
@@ -105,9 +105,7 @@ def quantization_error(w: npt.NDArray[Any], tensor: TernaryTensor) -> float:
 
 def _bind(method: str, options: dict[str, float]) -> Callable[[Floats], Result]:
     """Look a method up and give it its options."""
-    if method not in METHODS:
-        raise OptionError(f"method {method!r}", f"unknown, expected one of {', '.join(METHODS)}", "the default is twn")
-    function = METHODS[method]
+    function = find_method(method)
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:

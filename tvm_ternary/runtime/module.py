@@ -239,8 +239,8 @@ _files_seen: dict[Path, list[int]] = {}
 def _spelling(path: Path) -> str:
     """Spell a path so that a file which has taken the place of a loaded one is loaded too.
 
-    The dynamic linker takes a path that it has seen for the library it loaded from there, even after a compile has put a new
-    file in its place; so each file that a path has stood for gets a spelling of its own.
+    The dynamic linker takes a path that it has seen for the library it loaded from there, even after a compile has put
+    a new file in its place; so each file that a path has stood for gets a spelling of its own.
     """
     files = _files_seen.setdefault(path.absolute(), [])
     inode = path.stat().st_ino

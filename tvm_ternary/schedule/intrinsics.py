@@ -1,20 +1,21 @@
 """Tensor intrinsics of the ternary matmuls: what one block of weights means, and how an ISA tier does it.
 
 The description of an intrinsic is made from the kernel's own ``multiply_add``, so the meaning stands in one place; an
-implementation is chosen by tier. Each updates the sixteen accumulators of one row of activations with one block of weights:
+implementation is chosen by tier. Each updates the sixteen accumulators of one row of activations with one block of
+weights:
 
-==========  ============  ================================================================================================
+==========  ============  ==========================================================================================
 kernel      tier          a block of 16 k x 16 n
-==========  ============  ================================================================================================
+==========  ============  ==========================================================================================
 matmul_a8   avx512-vnni   4 x (shift, and, vpdpbusd)
 matmul_a8   avx512        4 x (shift, and, vpmaddubsw, add) then vpmaddwd, add
 matmul_a8   avx2          the same on two 256-bit halves
 matmul_a8   portable      8 x (shift, and, 16-bit multiply, add), widened once a block
 matmul_a32  any           16 x (shift, and, multiply-add), see `_float_fields`
 matmul_a1   any           and, xor, and, two vector population counts (32 k x 16 n)
-==========  ============  ================================================================================================
+==========  ============  ==========================================================================================
 
-A 16-bit lane holds at most 16 products of a code (0 to 2) and an activation (-127 to 127), so at most 4,064: nothing saturates.
+A 16-bit lane holds eight products of a code (0 to 2) and an activation (-127 to 127), at most 2,032: none saturates.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def _int8_portable(weight: Any, x: Any, acc: Any) -> None:
 def _float_fields(weight: Any) -> Any:
     """Words of codes whose low bits are flipped (0, 1, 2 -> 1, 0, 3).
 
-    Such a code in bits 31 and 30 of a float32 reads as +2, +0 or -2, minus twice the trit, which is what `A32` accumulates: codes
-    become floats by their bits alone, without a conversion or a table.
+    Such a code in bits 31 and 30 of a float32 reads as +2, +0 or -2, minus twice the trit, which is what `A32`
+    accumulates: codes become floats by their bits alone, without a conversion or a table.
     """
     return T.bitwise_xor(_vector(weight, 0, LANES, "uint32"), T.broadcast(T.uint32(0x55555555), LANES))
 
@@ -131,15 +132,17 @@ def _float32(weight: Any, x: Any, acc: Any) -> None:
 def _float32_portable(weight: Any, x: Any, acc: Any) -> None:
     """The words move up by two bits at a time, from the highest code down.
 
-    With sixteen registers of four lanes, sixteen independent shifts are spilled as soon as they are made. A fence hides that each shift
-    follows another, or LLVM would merge them into those.
+    With sixteen registers of four lanes, sixteen independent shifts are spilled as soon as they are made. A fence hides
+    that each shift follows another, or LLVM would merge them into those.
     """
     words, total = _float_fields(weight), _vector(acc, 0, LANES, "float32")
     floats = f"float32x{LANES}"
     for bit in range(30, -1, -2):
         total = _add_field(total, words, x[4 * (bit % 8 // 2) + bit // 8])
         moved = T.shift_left(words, T.broadcast(T.uint32(2), LANES))
-        words = T.reinterpret(_llvm("llvm.arithmetic.fence", floats, T.reinterpret(moved, dtype=floats)), dtype=f"uint32x{LANES}")
+        words = T.reinterpret(
+            _llvm("llvm.arithmetic.fence", floats, T.reinterpret(moved, dtype=floats)), dtype=f"uint32x{LANES}"
+        )
     _store(acc, 0, LANES, total)
 
 
@@ -196,9 +199,9 @@ def _describe(kernel: MatmulKernel) -> _Emit:
     def emit(weight: Any, x: Any, acc: Any) -> None:
         with B.grid(LANES, *kernel.steps) as loops, B.sblock("update"):
             indices = list(loops) if kernel.steps else [loops]
-            lane, *step = B.axis.remap("S" + "R" * len(kernel.steps), indices) if kernel.steps else [
-                B.axis.remap("S", indices)
-            ]
+            lane, *step = (
+                B.axis.remap("S" + "R" * len(kernel.steps), indices) if kernel.steps else [B.axis.remap("S", indices)]
+            )
             buffers = {kernel.weight.name: _Block(weight), kernel.activations[0].name: _Block(x)}
             B.buffer_store(acc, acc[lane] + kernel.multiply_add(buffers, 0, 0, 0, 0, lane, *step), [lane])
 

@@ -1,9 +1,9 @@
 """The CPU schedule of a ternary matmul, and one function that serves any number of rows.
 
-Order of loops: tiles of out_features (parallel), tiles of rows, planes and groups, blocks of k; then, unrolled, the rows and
-blocks of the tile, whose accumulators stay in registers because every index into them is a constant. The packed weights of one
-tile are read once for each tile of rows and stay in the first-level cache between them; the decoding of a block is shared by the
-rows of the tile, since the compiler sees the same load and shifts in each.
+Order of loops: tiles of out_features (parallel), tiles of rows, planes and groups, blocks of k; then, unrolled, the
+rows and blocks of the tile, whose accumulators stay in registers because every index into them is a constant. The
+packed weights of one tile are read once for each tile of rows and stay in the first-level cache between them; the
+decoding of a block is shared by the rows of the tile, since the compiler sees the same load and shifts in each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_ternary.kernels.matmul import Epilogue, MatmulKernel, define_matmul
+from tvm_ternary.kernels.matmul import PLAIN, Epilogue, MatmulKernel, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 from tvm_ternary.schedule.intrinsics import matmul_intrinsic
@@ -28,7 +28,7 @@ def matmul_function(
     tier: str,
     *,
     rows: int | None = None,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008  frozen
+    epilogue: Epilogue = PLAIN,
 ) -> tirx.PrimFunc:
     """A scheduled ternary matmul; with symbolic M, one that picks its variant by M when it runs.
 

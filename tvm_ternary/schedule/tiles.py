@@ -51,10 +51,12 @@ def load_tiles(kernel: str, tier: str) -> TileTable:
     paths = [root / name / f"{kernel}.toml" for name in (tier, "portable")]
     path = next((p for p in paths if p.is_file()), None)
     if path is None:
-        raise OptionError(str(paths[0]), "no such schedule file, nor one for the portable tier", "reinstall tvm-ternary")
+        raise OptionError(
+            str(paths[0]), "no such schedule file, nor one for the portable tier", "reinstall tvm-ternary"
+        )
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(str(path), f"not valid TOML: {error}") from error
     return TileTable(_variants(path, table), f"{path.parent.name}/{path.name}")
 
@@ -68,7 +70,7 @@ def _variants(path: Path, table: dict[str, Any]) -> tuple[Variant, ...]:
     for index, row in enumerate(rows):
         last = index == len(rows) - 1
         keys = {"rows", "blocks"} if last else {"rows", "blocks", "max_rows"}
-        if set(row) != keys or not all(type(v) is int and v > 0 for v in row.values()):
+        if not isinstance(row, dict) or set(row) != keys or not all(type(v) is int and v > 0 for v in row.values()):
             raise OptionError(str(path), f"variant {index} is {row}; {expected}")
         variants.append(Variant(Tile(row["rows"], row["blocks"]), row.get("max_rows")))
     limits = [v.max_rows for v in variants[:-1] if v.max_rows is not None]

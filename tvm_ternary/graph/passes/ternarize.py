@@ -1,8 +1,8 @@
 """Replace multiplications by planned matrices with calls to ternary kernels.
 
-Before: ``matmul(x, W)`` with W a parameter of ``main``, perhaps ``add(matmul(x, W), bias)``. After: the rows of x prepared by one
-call, multiplied by another that takes the packed planes and scales as parameters and adds the bias. Everything else, and every
-matrix the plan leaves float, stays as it was.
+Before: ``matmul(x, W)`` with W a parameter of ``main``, perhaps ``add(matmul(x, W), bias)``. After: the rows of x
+prepared by one call, multiplied by another that takes the packed planes and scales as parameters and adds the bias.
+Everything else, and every matrix the plan leaves float, stays as it was.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class TernaryModule:
     module : tvm.IRModule
         ``main`` takes the model's inputs, then the parameters in order.
     params : dict of str to ndarray
-        Values of the parameters: float matrices that stayed, packed planes (``NAME.codes`` or ``NAME.bits``) and ``NAME.scale``.
+        Values of the parameters: float matrices that stayed, packed planes (``NAME.codes`` or ``NAME.bits``) and
+        ``NAME.scale``.
     sources : dict of str to str
         For each ternary function, the schedule file that its tiles come from.
     kernels : dict of str to str
@@ -131,7 +132,7 @@ class _Rewriter(relax.PyExprMutator):
         if binding.var in self.biased:
             _, (value, bias) = self.biased[binding.var]
         name = _matrix_name(value)
-        if name not in self.layers:
+        if name is None or name not in self.layers:
             super().visit_var_binding_(binding)
             return
         x = self.visit_expr(value.args[0])
@@ -201,7 +202,8 @@ def _matrix_name(value: relax.Expr) -> str | None:
 def _biased_matmuls(
     main: relax.Function, names: set[str]
 ) -> dict[relax.Var, tuple[relax.Var, tuple[relax.Call, relax.Expr]]]:
-    """For each ``add`` of a constant vector (N,) to a planned matmul used nowhere else: the matmul's variable, call and the bias."""
+    """For each ``add`` of a constant vector (N,) to a planned matmul used nowhere else: the matmul's variable, call and
+    the bias."""
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
     calls = {b.var: b.value for b in bindings if isinstance(b, relax.VarBinding) and _matrix_name(b.value) in names}
     uses = _uses(main)

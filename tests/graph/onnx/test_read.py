@@ -1,0 +1,92 @@
+"""Damaged and missing files, each told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.models import gpt2, mlp
+from tvm_ternary.errors import ModelError
+from tvm_ternary.graph.onnx.read import check_finite, read_model
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mlp.onnx"
+    path.write_bytes(mlp().SerializeToString())
+    return path
+
+
+def refused(source: Path | onnx.ModelProto) -> str:
+    with pytest.raises(ModelError) as caught:
+        read_model(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_a_path_and_a_model_are_the_same(file: Path) -> None:
+    assert read_model(file) == read_model(str(file)) == read_model(mlp())
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.onnx") == f"{tmp_path / 'none.onnx'}: no such file"
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert "cannot be read: Is a directory" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x7fELF\x02\x01\x01" + bytes(64), b"PK\x03\x04" * 9])
+def test_other_files(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "other.onnx"
+    path.write_bytes(content)
+    assert "is no ONNX model" in refused(path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+def test_truncated(tmp_path: Path, part: float) -> None:
+    data = gpt2().SerializeToString()
+    path = tmp_path / "short.onnx"
+    path.write_bytes(data[: int(len(data) * part)])
+    assert "is no ONNX model, or it is truncated" in refused(path)
+
+
+def test_an_old_version() -> None:
+    model = mlp()
+    model.ir_version = 2
+    assert "IR version 2 is older than 3" in refused(model)
+
+
+def test_external_data(tmp_path: Path) -> None:
+    path, weights = tmp_path / "big.onnx", tmp_path / "big.bin"
+    onnx.save_model(mlp(), path, save_as_external_data=True, location=weights.name, size_threshold=0)
+    assert read_model(path).graph.initializer[0].raw_data == mlp().graph.initializer[0].raw_data
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    assert f"ends at byte {len(data)} of {weights}, which has {len(data) - 1}" in refused(path)
+    weights.unlink()
+    assert f"lies in {weights}, which does not exist" in refused(path)
+
+
+def test_external_data_outside_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    path = folder / "big.onnx"
+    onnx.save_model(mlp(), path, save_as_external_data=True, location="big.bin", size_threshold=0)
+    (folder / "big.bin").rename(tmp_path / "big.bin")
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "../big.bin"
+    path.write_bytes(model.SerializeToString())
+    assert "lies outside of the model's folder" in refused(path)
+
+
+def test_check_finite() -> None:
+    array = np.zeros((3, 4), dtype=np.float32)
+    check_finite("fc.weight", array)
+    array[1, 2], array[2, 0] = np.nan, -np.inf
+    with pytest.raises(ModelError, match=r"fc\.weight: 2 of 12 elements are NaN or infinite, the first at \(1, 2\)"):
+        check_finite("fc.weight", array)

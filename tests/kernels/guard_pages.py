@@ -1,0 +1,97 @@
+"""Run every kernel on arrays that end where unreadable memory begins. A program: a read past an end kills it.
+
+The last line printed names what was running. With the argument ``overrun`` it reads past an end itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from tests.ternary_matmul import TARGETS, build, rows_of, unrunnable
+from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor, pack_scale
+from tvm_ternary.kernels.matmul import Epilogue
+from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.ternary import matmul_function
+from tvm_ternary.schedule.tiles import load_tiles
+from tvm_ternary.target import Target, resolve
+
+PROT_NONE = 0
+ALIGNMENT = 64
+# (N, K, granularity, bias, M): sizes in bytes are multiples of the alignment, so that arrays end exactly at the fence.
+# N and K are ragged otherwise; M fills whole tiles or does not.
+CASES: tuple[tuple[int, int, Granularity, bool, int], ...] = (
+    (33, 50, PerGroup(20), False, 16),
+    (16, 257, PerChannel(), True, 80),
+    (112, 1024, PerGroup(64), True, 1),
+)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_FENCES: list[mmap.mmap] = []
+
+
+def fenced(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy between two pages that can be neither read nor written; it ends at the second one."""
+    page = mmap.PAGESIZE
+    size = -(-max(array.nbytes, 1) // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _FENCES.append(memory)
+    for fence in (address, address + page + size):
+        if _LIBC.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+    start = (page + size - array.nbytes) // ALIGNMENT * ALIGNMENT
+    view = np.frombuffer(memory, array.dtype, array.size, start).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def run(target: Target, bits: int, n: int, k: int, kind: Granularity, bias: bool, rows: int) -> None:
+    """Prepare rows and multiply them, every array fenced."""
+    rng = np.random.default_rng(0)
+    scale = np.ones((2, *kind.scale_shape(n, k)), np.float32)
+    weight = TernaryTensor.from_trits(rng.integers(-1, 2, (2, n, k), dtype=np.int8), scale, kind)
+    row, shape = KERNELS[bits], MatmulShape.of(weight)
+    variants = load_tiles(row.matmul.name, target.tier).variants
+    matmul = matmul_function(row.matmul, shape, variants, target.tier, epilogue=Epilogue(bias))
+    library = build({"matmul": matmul, "rows": row.rows(shape)}, target)
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    outputs = [fenced(np.zeros(o.shape(shape, rows), o.dtype)) for o in row.matmul.activations]
+    call(library["rows"], fenced(x), *outputs)
+    constants = [row.pack(weight), pack_scale(weight), *([np.ones(n, np.float32)] if bias else [])]
+    result = fenced(np.full((rows, n), np.nan, np.float32))
+    call(library["matmul"], *outputs, *map(fenced, constants), result)
+    trits = np.zeros((rows, k), np.int8)
+    groups = (rows, shape.groups) if bits == 8 else rows
+    zeros = rows_of(bits, trits if bits != 32 else trits.astype(np.float32), np.ones(groups, np.float32), kind)
+    call(library["matmul"], *map(fenced, zeros), *map(fenced, constants), result)
+    assert (result == int(bias)).all(), "rows of zeros did not give the bias"
+
+
+def call(function: Any, *arrays: npt.NDArray[Any]) -> None:
+    function(*map(tvm_ffi.from_dlpack, arrays))
+
+
+def main() -> None:
+    if "overrun" in sys.argv:
+        array = fenced(np.zeros(16, np.float32))
+        print("reading past the end", flush=True)
+        ctypes.string_at(array.ctypes.data + array.nbytes, 1)
+    for name in TARGETS:
+        target = resolve(name)
+        if unrunnable(target) is None:
+            for bits in KERNELS:
+                for case in CASES:
+                    print(name, bits, case, flush=True)
+                    run(target, bits, *case)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

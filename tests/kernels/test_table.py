@@ -1,0 +1,91 @@
+"""The kernel table and the sizes that it is built on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.formats.strategies import granularities, make_tensor
+from tvm_ternary.formats import Granularity, layouts
+from tvm_ternary.formats.scheme import ACTIVATION_BITS
+from tvm_ternary.kernels.activations import reference_int8_rows, reference_ternary_rows
+from tvm_ternary.kernels.matmul import Epilogue, define_matmul
+from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant, ceil_div
+from tvm_ternary.kernels.table import KERNELS
+
+sizes = st.integers(1, 200)
+
+
+def test_every_activation_of_a_scheme_has_a_kernel() -> None:
+    assert set(KERNELS) == set(ACTIVATION_BITS)
+    assert len({row.matmul.name for row in KERNELS.values()}) == len(KERNELS)
+
+
+@pytest.mark.parametrize("bits", KERNELS)
+@given(n=sizes, k=sizes, planes=st.integers(1, 4), kind=granularities)
+def test_packed_weights_have_the_shape_that_the_kernel_expects(
+    bits: int, n: int, k: int, planes: int, kind: Granularity
+) -> None:
+    weight = make_tensor(n, k, kind, planes, seed=0)
+    row, shape = KERNELS[bits], MatmulShape.of(weight)
+    assert shape == MatmulShape(n, k, planes, kind.groups(k), kind.group_size(k))
+    packed = row.pack(weight)
+    assert packed.shape == row.matmul.weight.shape(shape, 1)
+    assert packed.dtype == row.matmul.weight.dtype
+    assert layouts.pack_scale(weight).shape == (planes, shape.groups, shape.blocks * layouts.LANES)
+
+
+@given(k=sizes, kind=granularities, block=st.sampled_from([16, 32]))
+def test_padded_rows_fit_the_packed_weights(k: int, kind: Granularity, block: int) -> None:
+    shape = MatmulShape(1, k, 1, kind.groups(k), kind.group_size(k))
+    assert (shape.groups, shape.group_blocks(block) * block) == layouts.padded_k(k, kind, block)
+    assert layouts.pad_groups(np.zeros((1, k)), kind, block).shape == (1, shape.padded_k(block))
+
+
+@given(k=sizes, kind=granularities)
+def test_rows_are_read_as_they_are_only_where_nothing_is_padded(k: int, kind: Granularity) -> None:
+    shape = MatmulShape(1, k, 1, kind.groups(k), kind.group_size(k))
+    x = np.arange(1, k + 1, dtype=np.float32)[None]
+    unchanged = np.array_equal(layouts.pad_groups(x, kind, 16), x)
+    assert KERNELS[32].reads_rows_directly(shape) == unchanged
+    assert not KERNELS[8].reads_rows_directly(shape)
+    assert not KERNELS[1].reads_rows_directly(shape)
+
+
+@given(st.integers(0, 1000), st.integers(1, 50))
+def test_ceil_div_is_the_smallest_integer_not_below(a: int, b: int) -> None:
+    quotient = ceil_div(a, b)
+    assert (quotient - 1) * b < a <= quotient * b
+
+
+def test_a_variant_serves_up_to_its_limit() -> None:
+    limited, open_ended = Variant(Tile(1, 1), 4), Variant(Tile(1, 1), None)
+    assert [limited.serves(rows) for rows in (0, 4, 5)] == [True, True, False]
+    assert open_ended.serves(10**9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", KERNELS)
+def test_definition_takes_what_the_kernel_names(bits: int, bias: bool) -> None:
+    kernel, shape = KERNELS[bits].matmul, MatmulShape(20, 40, 2, 2, 20)
+    variants = (Variant(Tile(1, 1), 1), Variant(Tile(2, 2), None))
+    function = define_matmul(kernel, shape, variants, epilogue=Epilogue(bias, "relu"))
+    operands = [*kernel.activations, kernel.weight]
+    names = [*(operand.name for operand in operands), "scale", *(["bias"] if bias else []), "y"]
+    assert [param.name for param in function.params] == names
+    for param, operand in zip(function.params, operands, strict=False):
+        assert [str(extent) for extent in param.shape] == [str(e) for e in operand.shape(shape, "M")]
+        assert param.dtype == operand.dtype
+
+
+def test_references_of_rows_agree_on_a_small_example() -> None:
+    """By hand: groups of two, steps 2 / 127 and 4 / 127; mean |x| is 2.25, so values above 1.125 are kept."""
+    x = np.array([[1.0, -2.0, 4.0, 2.0]], np.float32)
+    x_q, scale = reference_int8_rows(x, MatmulShape(1, 4, 1, 2, 2))
+    np.testing.assert_array_equal(x_q, [[64, -127, 127, 64]])  # 63.5 is halfway: to even
+    np.testing.assert_allclose(scale, [[2 / 127, 4 / 127]], rtol=1e-7)
+    trits, mean = reference_ternary_rows(x)
+    np.testing.assert_array_equal(trits, [[0, -1, 1, 1]])
+    assert mean == pytest.approx(8 / 3)

@@ -1,0 +1,212 @@
+"""Tensor intrinsics: an implementation computes what its description says, with the instructions its tier is for."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tvm
+from hypothesis import given
+from hypothesis import strategies as st
+from tvm.s_tir import TensorIntrin
+
+from tests.ternary_matmul import TARGETS, build, runnable
+from tvm_ternary.kernels.matmul import MatmulKernel
+from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.intrinsics import IMPLEMENTATIONS, matmul_intrinsic
+from tvm_ternary.schedule.ternary import matmul_function
+from tvm_ternary.schedule.tiles import load_tiles
+from tvm_ternary.target import TIERS, Target, resolve
+
+# One group a row: a loop over the four blocks of a small group would be unrolled away, and with it what is looked for.
+SHAPE = MatmulShape(512, 1024, 2, 1, 1024)
+WIDE = tuple(name for name in TARGETS if resolve(name).vector_bits == 512)
+LOOP_END = re.compile(r"^\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\b.*?(\.L\w+)")
+LABEL = re.compile(r"^(\.L\w+):")
+# What only the loop over k does: multiply vectors, or count their bits.
+PRODUCT = re.compile(r"vpdpbusd|pmadd|mul <|fmuladd|ctpop")
+VECTOR_STORE = re.compile(r"^\s+v?mov\w*\s+%[xyz]mm\d+.*,\s*[-\w]*\(")
+
+
+@cache
+def both(bits: int, target: str) -> Any:
+    """The description and the implementation of a kernel's intrinsic, compiled as functions of one block."""
+    resolved = runnable(target)
+    intrinsic = TensorIntrin.get(matmul_intrinsic(KERNELS[bits].matmul, resolved.tier))
+    return build({"description": intrinsic.desc, "implementation": intrinsic.impl}, resolved)
+
+
+def run(library: Any, name: str, *operands: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The accumulators, the last operand, after the update."""
+    tensors = [tvm.runtime.tensor(operand) for operand in operands]
+    library[name](*tensors)
+    return np.asarray(tensors[-1].numpy())
+
+
+def code_words(rng: np.random.Generator, only: int | None) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """Sixteen words and their codes (16 n, 16 k), 0 to 2; k = 4 s + j stands at bit 8 j + 2 s."""
+    codes = rng.integers(0, 3, (16, 16)) if only is None else np.full((16, 16), only)
+    k = np.arange(16)
+    words = (codes << (8 * (k % 4) + 2 * (k // 4))).sum(axis=1)
+    return words.astype(np.uint32), codes
+
+
+seeds = st.integers(0, 2**32 - 1)
+# None: any; a number: all of them that, which makes the largest sums.
+codes = st.sampled_from([None, 0, 1, 2])
+activations = st.sampled_from([None, -127, 127])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, code=codes, activation=activations)
+def test_int8_block_adds_codes_times_activations(
+    target: str, seed: int, code: int | None, activation: int | None
+) -> None:
+    library, rng = both(8, target), np.random.default_rng(seed)
+    words, values = code_words(rng, code)
+    x = rng.integers(-127, 128, 16, dtype=np.int8) if activation is None else np.full(16, activation, np.int8)
+    acc = rng.integers(-(2**30), 2**30, 16, dtype=np.int32)
+    expected = acc + values @ x.astype(np.int64)
+    for name in ("description", "implementation"):
+        np.testing.assert_array_equal(run(library, name, words, x, acc), expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, code=codes)
+def test_float_block_adds_minus_two_trits_times_activations(target: str, seed: int, code: int | None) -> None:
+    """With whole numbers no addition rounds; with others, sixteen of them err by less than 17 u of all terms."""
+    library, rng = both(32, target), np.random.default_rng(seed)
+    words, values = code_words(rng, code)
+    doubled = -2 * (values - 1)
+    whole = rng.integers(-1000, 1000, 16).astype(np.float32)
+    acc = rng.integers(-1000, 1000, 16).astype(np.float32)
+    for name in ("description", "implementation"):
+        np.testing.assert_array_equal(run(library, name, words, whole, acc), acc + doubled @ whole)
+    x = rng.standard_normal(16).astype(np.float32)
+    exact = acc + doubled @ x.astype(np.float64)
+    terms = np.abs(acc) + np.abs(doubled) @ np.abs(x)
+    for name in ("description", "implementation"):
+        assert (np.abs(run(library, name, words, x, acc) - exact) <= 17 * 2.0**-24 * terms).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, full=st.booleans())
+def test_ternary_block_adds_the_dot_product_of_trits(target: str, seed: int, full: bool) -> None:
+    library, rng = both(1, target), np.random.default_rng(seed)
+    weight, x = rng.integers(-1, 2, (16, 32)), rng.integers(-1, 2, 32)
+    if full:
+        weight[:], x[:] = rng.choice([-1, 1], (16, 1)), rng.choice([-1, 1])
+    bits = 2 ** np.arange(32, dtype=np.uint64)
+    planes = np.stack([(weight != 0) @ bits, (weight < 0) @ bits]).astype(np.uint32)
+    words = np.array([(x != 0) @ bits, (x < 0) @ bits], np.uint32)
+    acc = rng.integers(-(2**30), 2**30, 16, dtype=np.int32)
+    for name in ("description", "implementation"):
+        np.testing.assert_array_equal(run(library, name, planes, words, acc), acc + weight @ x)
+
+
+def test_every_kernel_has_a_portable_implementation_and_no_unknown_tier() -> None:
+    assert set(IMPLEMENTATIONS) == {row.matmul.name for row in KERNELS.values()}
+    for rows in IMPLEMENTATIONS.values():
+        assert "portable" in rows
+        assert rows.keys() <= TIERS.keys()
+
+
+def test_a_tier_without_an_implementation_takes_the_portable_one() -> None:
+    assert matmul_intrinsic(KERNELS[32].matmul, "avx512") == "ternary.matmul_a32.portable"
+    assert matmul_intrinsic(KERNELS[8].matmul, "avx512") == "ternary.matmul_a8.avx512"
+
+
+@cache
+def listing(bits: int, target: str, kind: str) -> str:
+    """The ``asm`` or ``ll`` of a kernel, with every variant in it. Needs no CPU of that kind."""
+    resolved = resolve(target)
+    return str(compiled(KERNELS[bits].matmul, resolved).mod.inspect_source(kind))
+
+
+@cache
+def compiled(kernel: MatmulKernel, target: Target) -> Any:
+    function = matmul_function(kernel, SHAPE, load_tiles(kernel.name, target.tier).variants, target.tier)
+    return build({"matmul": function}, target)
+
+
+@pytest.mark.parametrize(
+    ("bits", "target", "instruction"),
+    [
+        (8, "avx512-vnni", "vpdpbusd"),
+        (8, "x86-64-v4", "vpmaddubsw"),
+        (8, "x86-64-v3", "vpmaddubsw"),
+        (8, "x86-64-v2", "pmullw"),
+        (1, "avx512-vnni", "vpopcntd"),
+        (32, "avx512-vnni", "vfmadd"),
+        (32, "x86-64-v3", "vfmadd"),
+        (32, "aarch64", "fmla"),
+        (1, "aarch64", "cnt"),
+    ],
+)
+def test_the_instruction_that_a_tier_is_for_does_the_work(bits: int, target: str, instruction: str) -> None:
+    assert any(re.search(rf"^\s+{instruction}", line) for loop in inner_loops(bits, target) for line in loop)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float_kernel_makes_floats_of_codes_by_their_bits(target: str) -> None:
+    """No table is looked up and no integer is converted."""
+    conversions = r"^\s+(?:\w*gather\w*|v?cvt\w*2ps\w*|v?cvtsi2ss\w*|[su]cvtf)\b"
+    assert not re.findall(conversions, listing(32, target, "asm"), re.M)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", KERNELS)
+def test_accumulators_are_no_memory_to_the_inner_loop(bits: int, target: str) -> None:
+    """LLVM has made values of them all: the loop over k stores nothing."""
+    loops = [block for block in self_loops(listing(bits, target, "ll")) if PRODUCT.search(block)]
+    assert len(loops) >= len(load_tiles(KERNELS[bits].matmul.name, resolve(target).tier).variants)
+    for loop in loops:
+        assert " store " not in loop
+
+
+@pytest.mark.parametrize("target", WIDE)
+@pytest.mark.parametrize("bits", KERNELS)
+def test_accumulators_stay_in_registers(bits: int, target: str) -> None:
+    """With 32 registers of 16 lanes the tiles are chosen to fit. With 16 or narrower ones some are spilled."""
+    loops = inner_loops(bits, target)
+    assert loops
+    for loop in loops:
+        assert not [line for line in loop if VECTOR_STORE.match(line)]
+
+
+def inner_loops(bits: int, target: str) -> list[list[str]]:
+    """Loops of the assembly with no label inside, without the scalar ones that copy or count."""
+    lines = listing(bits, target, "asm").splitlines()
+    places = {match[1]: i for i, line in enumerate(lines) if (match := LABEL.match(line))}
+    loops = []
+    for i, line in enumerate(lines):
+        match = LOOP_END.match(line)
+        start = places.get(match[1], i) if match else i
+        body = lines[start + 1 : i]
+        if start < i and not any(LABEL.match(other) for other in body) and len(body) > 60:
+            loops.append(body)
+    return loops
+
+
+def self_loops(text: str) -> list[str]:
+    """Basic blocks of LLVM IR that branch to themselves."""
+    blocks = re.split(r"\n(?=[\w.]+:)", text)
+    return [block for block in blocks if re.search(rf"br i1 .*label %{re.escape(block.partition(':')[0])}\b", block)]
+
+
+@pytest.mark.parametrize("bits", KERNELS)
+def test_every_kernel_compiles_for_another_architecture(bits: int, tmp_path: Path) -> None:
+    """An object file for aarch64, which ELF numbers 183."""
+    target = resolve("aarch64")
+    for library in (compiled(KERNELS[bits].matmul, target), build({"rows": KERNELS[bits].rows(SHAPE)}, target)):
+        path = tmp_path / "kernel.o"
+        library.mod.write_to_file(str(path), "o")
+        header = path.read_bytes()[:20]
+        assert header[:4] == b"\x7fELF"
+        assert int.from_bytes(header[18:], "little") == 183

@@ -1,0 +1,191 @@
+"""Import an ONNX model to Relax with its matrices as named parameters and its symbolic dimensions kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+
+from tvm_ternary.errors import ModelError
+from tvm_ternary.graph.onnx.bind import bind_constants
+from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension
+from tvm_ternary.graph.onnx.dimensions import fix_dimensions, name_dimensions, real_inputs, symbolic_dimensions
+from tvm_ternary.graph.onnx.emitter import Emitter
+from tvm_ternary.graph.onnx.functions import expand_operators, inline_functions
+from tvm_ternary.graph.onnx.operators.table import is_known
+from tvm_ternary.graph.onnx.prune import prune_nodes
+from tvm_ternary.graph.onnx.read import read_model
+from tvm_ternary.graph.onnx.values import Algebra, Value, describe, plain
+from tvm_ternary.graph.onnx.walk import Walker
+from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model as Relax, before any weight became ternary.
+
+    Attributes
+    ----------
+    module : tvm.IRModule
+        One function ``main``: first the model's inputs, then its matrices as parameters; gives a tuple of the outputs.
+        Every multiplication of activations by a matrix is ``R.matmul(x, W)`` with W a parameter.
+    params : dict[str, np.ndarray]
+        The matrices by name, (K, N) float32, in the order of the parameters.
+    inputs, outputs : tuple[TensorSpec, ...]
+        Names, dtypes and shapes; a dimension is a number, a symbolic dimension's name, or arithmetic over such names.
+        The module is right for symbolic dimensions of at least 1, and at most what ``bounds`` says.
+    name : str
+        The file's stem, or the graph's name.
+    bounds : dict[str, int]
+        The largest value of a symbolic dimension where the model sets one (a table of position embeddings).
+    embeddings : dict[str, tuple[int, ...]]
+        Float tables that rows are gathered from; they stay float inside the function.
+    others : dict[str, tuple[tuple[int, ...], str]]
+        Other float weights of two or more dimensions, which stay float, and why.
+    """
+
+    module: tvm.IRModule
+    params: dict[str, np.ndarray]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    name: str
+    bounds: dict[str, int]
+    embeddings: dict[str, tuple[int, ...]]
+    others: dict[str, tuple[tuple[int, ...], str]]
+
+
+def import_onnx(
+    source: str | Path | onnx.ModelProto,
+    dims: Mapping[str, int | str] | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> ImportedModel:
+    """Import an ONNX model.
+
+    Parameters
+    ----------
+    source : str, Path or onnx.ModelProto
+        The model.
+    dims : Mapping[str, int | str], optional
+        Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
+    constants : Mapping[str, Any], optional
+        Values for inputs that are to become constants.
+
+    Returns
+    -------
+    ImportedModel
+
+    Raises
+    ------
+    ModelError
+        If the file is missing or damaged.
+    UnsupportedOperatorError
+        If a node cannot be imported; names it.
+    OptionError
+        If a dimension or an input does not exist.
+    """
+    passes: list[Callable[[onnx.ModelProto], onnx.ModelProto]] = [
+        name_dimensions,
+        lambda model: fix_dimensions(model, dims or {}),
+        lambda model: bind_constants(model, constants or {}),
+        inline_functions,
+        lambda model: expand_operators(model, is_known),
+        prune_nodes,
+    ]
+    model = read_model(source)
+    for step in passes:
+        model = step(model)
+    name = (model.graph.name or "model") if isinstance(source, onnx.ModelProto) else Path(source).stem
+    return _translate(model, name)
+
+
+def _translate(model: onnx.ModelProto, name: str) -> ImportedModel:
+    algebra = Algebra()
+    emitter = Emitter(relax.BlockBuilder(), algebra)
+    opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    inputs = _inputs(model, algebra)
+    emitter.taken.update(inputs)
+    results, failure = [], None
+    with emitter.builder.function("main", list(inputs.values())):
+        with emitter.builder.dataflow():
+            try:
+                values = Walker(emitter, opsets).walk(model.graph, inputs)
+                results = [emitter.tensor(_output(values, output.name)) for output in model.graph.output]
+            except Exception as error:  # TVM prints a warning when a builder is left with open blocks
+                failure = error
+            returned = emitter.builder.emit_output(relax.Tuple(results))
+        emitter.builder.emit_func_output(returned)
+    if failure is not None:
+        raise failure
+    module, params = _with_parameters(emitter)
+    names = [output.name for output in model.graph.output]
+    return ImportedModel(
+        module=module,
+        params=params,
+        inputs=tuple(_spec(key, var) for key, var in inputs.items()),
+        outputs=tuple(_spec(key, value) for key, value in zip(names, results, strict=True)),
+        name=name,
+        bounds=emitter.bounds,
+        embeddings=emitter.embeddings,
+        others=emitter.others,
+    )
+
+
+def _inputs(model: onnx.ModelProto, algebra: Algebra) -> dict[str, relax.Var]:
+    """The inputs as variables that share one variable for every symbolic dimension."""
+    names = symbolic_dimensions(model)
+    symbols: dict[str, Any] = {}
+    for name in names:
+        if evaluate_dimension(name, dict.fromkeys((other for other in names if other != name), 1)) is None:
+            symbols[name] = algebra.dimension(name)
+    for name in names:
+        symbols[name] = algebra.simplify(evaluate_dimension(name, symbols))
+    return {value.name: _input(value, symbols) for value in real_inputs(model.graph)}
+
+
+def _input(info: onnx.ValueInfoProto, symbols: Mapping[str, Any]) -> relax.Var:
+    tensor = info.type.tensor_type
+    if not info.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        raise ModelError(info.name, "is an input of unknown rank or no tensor", "export the model with shapes")
+    dims = [symbols[dim.dim_param] if dim.dim_param else dim.dim_value for dim in tensor.shape.dim]
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    if dtype not in DTYPES:
+        kind = "strings" if dtype == "object" else dtype
+        raise ModelError(info.name, f"is an input of {kind}, which is not supported")
+    return relax.Var(info.name, relax.TensorType(dims, dtype))
+
+
+def _output(values: Mapping[str, Value], name: str) -> Value:
+    if name not in values:
+        raise ModelError(name, "is an output that no node computes", "check the file with onnx.checker")
+    return values[name]
+
+
+def _with_parameters(emitter: Emitter) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
+    """Add the matrices that are still used to the function's parameters."""
+    module = emitter.builder.get()
+    main = module["main"]
+    inputs = list(main.params)
+    weights = [var for var, _ in emitter.parameters.values()]
+    module["main"] = relax.Function([*inputs, *weights], main.body, main.ret_ty, main.is_pure, main.attrs)
+    module = relax.transform.DeadCodeElimination()(module)
+    main = module["main"]
+    used = {var.name for var in relax.analysis.free_vars(main.body)}
+    kept = [var for var in main.params[len(inputs) :] if var.name in used]
+    params = [*main.params[: len(inputs)], *kept]
+    main = relax.Function(params, main.body, main.ret_ty, main.is_pure, main.attrs)
+    module["main"] = main.with_attr("num_input", len(inputs))
+    return module, {var.name: emitter.parameters[var.name][1] for var in kept}
+
+
+def _spec(name: str, value: relax.Expr) -> TensorSpec:
+    shape = value.ty.shape
+    if shape is None:
+        return TensorSpec(name, str(value.ty.dtype), tuple(f"{name}_dim_{i}" for i in range(value.ty.ndim)))
+    dims = tuple(dim if isinstance(dim, int) else describe(dim) for dim in map(plain, shape.values))
+    return TensorSpec(name, str(value.ty.dtype), dims)

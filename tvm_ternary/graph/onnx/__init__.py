@@ -1,0 +1,1 @@
+"""The front door for ONNX: passes on the ONNX graph, then a walk that turns it into Relax."""

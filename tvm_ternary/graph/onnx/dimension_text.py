@@ -1,0 +1,75 @@
+"""Dimensions that the file gives as arithmetic over others, ``past_length + length``.
+
+A text is arithmetic only where every name in it is a dimension of its own; ``batch-size`` stays a name.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+}
+
+
+def evaluate_dimension(text: str, values: Mapping[str, Any]) -> Any | None:
+    """Evaluate a dimension's text.
+
+    Parameters
+    ----------
+    text : str
+        A name or ``+ - * / //`` over names and integers; dimensions divide as integers.
+    values : Mapping[str, Any]
+        Numbers or expressions by name.
+
+    Returns
+    -------
+    Any or None
+        The value; None where the text is no arithmetic or a name has no value.
+    """
+    if text in values:
+        return values[text]
+    try:
+        return _evaluate(ast.parse(text, mode="eval").body, values)
+    except (SyntaxError, ValueError, LookupError):
+        return None
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name):
+        return values[node.id]
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
+    raise ValueError("no arithmetic")
+
+
+def substitute_dimensions(text: str, values: Mapping[str, int | str]) -> str:
+    """Put numbers or other names in the place of names."""
+    if text in values:
+        return str(values[text])
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError):
+        return text
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if names.isdisjoint(values):
+        return text
+    return ast.unparse(_Substitution(values).visit(tree))
+
+
+class _Substitution(ast.NodeTransformer):
+    def __init__(self, values: Mapping[str, int | str]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        value = self.values.get(node.id, node.id)
+        return ast.Constant(value) if isinstance(value, int) else ast.Name(value, node.ctx)

@@ -1,0 +1,81 @@
+"""Symbolic dimensions of the inputs: list them, name the nameless, fix some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import onnx
+
+from tvm_ternary.errors import OptionError
+from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension, substitute_dimensions
+
+
+def real_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a user gives: those that no initializer gives a value."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def name_dimensions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Name every input dimension that is neither fixed nor named after its input and axis."""
+    dims = (dim for value in real_inputs(model.graph) for dim in value.type.tensor_type.shape.dim)
+    if all(dim.dim_param or dim.dim_value > 0 for dim in dims):
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for value in real_inputs(result.graph):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.dim_param and dim.dim_value <= 0:
+                dim.dim_param = f"{value.name}_dim_{axis}"
+    return result
+
+
+def symbolic_dimensions(model: onnx.ModelProto) -> list[str]:
+    """Names of the symbolic input dimensions, in order of appearance."""
+    dims = (dim for value in real_inputs(model.graph) for dim in value.type.tensor_type.shape.dim)
+    return list(dict.fromkeys(dim.dim_param for dim in dims if dim.dim_param))
+
+
+def fix_dimensions(model: onnx.ModelProto, dims: Mapping[str, int | str]) -> onnx.ModelProto:
+    """Give symbolic dimensions a value, or say that two are the same.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        A model whose dimensions are all named.
+    dims : Mapping[str, int | str]
+        By name, a value of at least 1, or the name of the symbolic dimension it is equal to.
+
+    Raises
+    ------
+    OptionError
+        If a name is no symbolic dimension of the model or a value is not positive.
+    """
+    if not dims:
+        return model
+    known = symbolic_dimensions(model)
+    for name in [*dims, *(size for size in dims.values() if isinstance(size, str))]:
+        if name not in known:
+            raise OptionError(f"dimension {name}", "the model has no such symbolic dimension", f"it has {_list(known)}")
+    for name, given in dims.items():
+        if isinstance(given, int) and given < 1:
+            raise OptionError(f"dimension {name}", f"got {given}, expected a size of at least 1")
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for value in result.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.dim_param:
+                continue
+            text = substitute_dimensions(dim.dim_param, dims)
+            size = evaluate_dimension(text, {})
+            if size is None:
+                dim.dim_param = text
+            elif size < 1:
+                raise OptionError(f"dimension {dim.dim_param}", f"is {size} then, expected a size of at least 1")
+            else:
+                dim.dim_value = size
+    return result
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,187 @@
+"""What the converters write to: the Relax function under construction and the weights it takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from tvm import relax, tirx
+from tvm.relax import op as R
+
+from tvm_ternary.graph.onnx.names import dotted, is_made_up, matrix_name, unique
+from tvm_ternary.graph.onnx.node import Node
+from tvm_ternary.graph.onnx.values import Algebra, Constant, Dim, Symbols, Value, as_expr, plain
+
+_WEIGHT_DTYPES = frozenset(
+    {"float16", "float32", "float64", "bfloat16", "int8", "uint8", "int4", "uint4", "int2", "uint2"}
+    | {"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"}
+)
+
+
+class Emitter:
+    """Collects the body of ``main``, its matrices and the float weights that stay inside it.
+
+    Attributes
+    ----------
+    builder : relax.BlockBuilder
+        Receives the bindings.
+    algebra : Algebra
+        Knows the symbolic dimensions.
+    bounds : dict[str, int]
+        The largest value each symbolic dimension may take, where the model sets one.
+    parameters : dict[str, tuple[relax.Var, np.ndarray]]
+        Matrices that multiply activations, (K, N) float32, in the order of their first use.
+    embeddings : dict[str, tuple[int, ...]]
+        Float tables that rows are gathered from.
+    others : dict[str, tuple[tuple[int, ...], str]]
+        Other weights of two or more dimensions, and why they are no matrices.
+    biases : dict[str, str]
+        Names of the biases added to products, by the product's output.
+    taken : set[str]
+        Names that no further parameter may have.
+    """
+
+    def __init__(self, builder: relax.BlockBuilder, algebra: Algebra) -> None:
+        self.builder = builder
+        self.algebra = algebra
+        self.bounds: dict[str, int] = {}
+        self.parameters: dict[str, tuple[relax.Var, np.ndarray]] = {}
+        self.embeddings: dict[str, tuple[int, ...]] = {}
+        self.others: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.biases: dict[str, str] = {}
+        self.taken: set[str] = set()
+        self._by_content: dict[tuple[object, ...], relax.Var] = {}
+        self._constants: dict[int, tuple[Constant, relax.Expr]] = {}
+
+    def emit(self, expr: relax.Expr) -> relax.Expr:
+        """Bind an expression to a variable."""
+        return self.builder.emit(expr)
+
+    # What is known about a value
+
+    def shape(self, value: Value) -> list[Dim] | None:
+        """The dimensions, None where they depend on the model's data."""
+        if isinstance(value, Constant):
+            return list(value.array.shape)
+        if isinstance(value, Symbols):
+            return list(value.values.shape)
+        shape = value.ty.shape
+        return None if shape is None else [plain(dim) for dim in shape.values]
+
+    def rank(self, value: Value) -> int:
+        """The number of dimensions, -1 where it is unknown."""
+        shape = self.shape(value)
+        return len(shape) if shape is not None else int(value.ty.ndim)  # type: ignore[union-attr]
+
+    def dtype(self, value: Value) -> str:
+        """The element type's numpy name."""
+        if isinstance(value, Constant):
+            return str(value.array.dtype)
+        return value.dtype if isinstance(value, Symbols) else str(value.ty.dtype)
+
+    def known_shape(self, value: Value, node: Node) -> list[Dim]:
+        """The dimensions, or an error that names the node."""
+        shape = self.shape(value)
+        if shape is None:
+            node.refuse("the shape of its input depends on the model's data")
+        return shape
+
+    def dims(self, value: Value, node: Node) -> list[Dim]:
+        """The elements of a shape-like input.
+
+        Raises
+        ------
+        UnsupportedOperatorError
+            If they are computed from the model's data.
+        """
+        if isinstance(value, Constant):
+            return [int(item) for item in value.array.reshape(-1)]
+        if isinstance(value, Symbols):
+            return list(value.values.reshape(-1))
+        return node.refuse("a shape or bound is computed from the model's data")
+
+    def limit(self, expr: Dim, most: int) -> bool:
+        """Assume that an expression over a symbolic dimension is at most ``most`` and note the bound it sets.
+
+        Returns
+        -------
+        bool
+            False when no single dimension can be bounded; nothing is assumed then.
+        """
+        bound = self.algebra.limit(expr, most)
+        if bound is not None:
+            name, largest = bound
+            self.bounds[name] = min(largest, self.bounds.get(name, largest))
+        return bound is not None
+
+    # Values as Relax expressions
+
+    def tensor(self, value: Value, node: Node | None = None, reason: str | None = None) -> relax.Expr:
+        """A value as a Relax tensor; a float weight that becomes part of the function is listed in ``others``.
+
+        Parameters
+        ----------
+        value : Value
+            The value.
+        node : Node, optional
+            The node that uses it.
+        reason : str, optional
+            Why a float weight is no matrix; by default the operator that uses it.
+        """
+        if isinstance(value, Constant):
+            if node is not None and self._is_weight(value.array):
+                name = self.weight_name(value, node)
+                self.others.setdefault(name, (value.array.shape, reason or f"used by {node.op}"))
+            return self._constant(value)
+        return self._materialize(value) if isinstance(value, Symbols) else value
+
+    def embedding(self, value: Constant, node: Node) -> relax.Expr:
+        """A float table that rows are gathered from."""
+        if self._is_weight(value.array):
+            self.embeddings.setdefault(self.weight_name(value, node), value.array.shape)
+        return self._constant(value)
+
+    def _constant(self, value: Constant) -> relax.Expr:
+        if id(value) not in self._constants:
+            array = np.ascontiguousarray(value.array).reshape(value.array.shape)
+            self._constants[id(value)] = (value, relax.const(array, str(array.dtype)))
+        return self._constants[id(value)][1]
+
+    def _materialize(self, value: Symbols) -> relax.Expr:
+        """Compute the elements at run time, on the host, from the dimensions of the inputs."""
+        numbers = [
+            tirx.Select(item, as_expr(1), as_expr(0)) if str(item.ty) == "bool" else item
+            for item in (self._number(item) for item in value.values.reshape(-1))
+        ]
+        flat = self.emit(R.shape_to_tensor(relax.ShapeExpr(numbers)))
+        tensor = flat if value.values.ndim == 1 else self.emit(R.reshape(flat, value.values.shape))
+        return tensor if value.dtype == "int64" else self.emit(R.astype(tensor, value.dtype))
+
+    @staticmethod
+    def _number(item: object) -> tirx.Expr:
+        return as_expr(int(item)) if isinstance(item, bool) else as_expr(item)
+
+    @staticmethod
+    def _is_weight(array: np.ndarray) -> bool:
+        return str(array.dtype) in _WEIGHT_DTYPES and sum(size > 1 for size in array.shape) >= 2
+
+    # Matrices
+
+    def matrix(self, array: np.ndarray, names: Sequence[str], node: onnx.NodeProto) -> relax.Var:
+        """The parameter that holds a (K, N) float32 matrix; the same content is the same parameter."""
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        key = (array.shape, hashlib.blake2b(array.data).digest())
+        if key not in self._by_content:
+            bias = next((self.biases[name] for name in node.output if name in self.biases), None)
+            name = unique(matrix_name(names, node, bias), self.taken)
+            self.taken.add(name)
+            var = relax.Var(name, relax.TensorType(array.shape, "float32"))
+            self.parameters[name] = (var, array)
+            self._by_content[key] = var
+        return self._by_content[key]
+
+    def weight_name(self, value: Constant, node: Node) -> str:
+        """The name under which a float weight that is no matrix is listed."""
+        return next((dotted(name) for name in value.names if not is_made_up(name)), dotted(node.label))

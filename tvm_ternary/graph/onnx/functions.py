@@ -1,0 +1,105 @@
+"""Replace calls of functions by their bodies: those of the model, and operators that ONNX composes of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import onnx
+import onnx.inliner
+
+_DEEPEST = 8
+"""Rounds after which expansion stops: a body may hold operators that are functions themselves."""
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline every function the model defines; a model without functions comes back as it is."""
+    if not model.functions:
+        return model
+    return _without_weights(model, lambda light: onnx.inliner.inline_local_functions(light, convert_version=True))
+
+
+def expand_operators(model: onnx.ModelProto, is_known: Callable[[str, str], bool]) -> onnx.ModelProto:
+    """Write operators that the importer does not know as the standard says they are composed of others.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        The model.
+    is_known : Callable[[str, str], bool]
+        Whether the importer has a converter, by domain and operator.
+
+    Returns
+    -------
+    onnx.ModelProto
+        The model; an operator that is neither known nor composed stays.
+    """
+    versions = {"" if item.domain == "ai.onnx" else item.domain: item.version for item in model.opset_import}
+    for _ in range(_DEEPEST):
+        found = {node.op_type for node in _nodes(model.graph) if _is_composed(node, versions, is_known)}
+        if not found:
+            break
+        chosen = [("", op) for op in sorted(found)]
+        try:
+            model = _without_weights(model, partial(_expanded, operators=chosen))
+        except RuntimeError:  # a type it cannot infer: the operators stay, and the walk names the first of them
+            break
+    return model
+
+
+def _expanded(model: onnx.ModelProto, operators: list[tuple[str, str]]) -> onnx.ModelProto:
+    return onnx.inliner.inline_selected_functions(model, operators, exclude=False, inline_schema_functions=True)
+
+
+def _without_weights(model: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """Let a step that serializes the model see its weights as inputs: protobuf ends at 2 GiB."""
+    light = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _assign(light, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _assign(light.graph, field.name, value)
+    declared = {value.name for value in model.graph.input}
+    added = [weight for weight in model.graph.initializer if weight.name not in declared]
+    light.graph.input.extend(
+        onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims) for weight in added
+    )
+    result = step(light)
+    names = {weight.name for weight in added}
+    inputs = [value for value in result.graph.input if value.name not in names]
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    result.graph.initializer.extend(model.graph.initializer)
+    return result
+
+
+def _assign(message: Any, name: str, value: Any) -> None:
+    """Set a protobuf field of any kind."""
+    target = getattr(message, name)
+    if hasattr(target, "extend"):
+        target.extend(value)
+    elif hasattr(target, "CopyFrom"):
+        target.CopyFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _is_composed(node: onnx.NodeProto, versions: dict[str, int], is_known: Callable[[str, str], bool]) -> bool:
+    if node.domain not in ("", "ai.onnx") or is_known("", node.op_type) or not onnx.defs.has(node.op_type):
+        return False
+    try:
+        schema = onnx.defs.get_schema(node.op_type, versions.get("", 1), "")
+    except onnx.defs.SchemaError:
+        return False
+    # onnx's own stubs do not know the two
+    return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]

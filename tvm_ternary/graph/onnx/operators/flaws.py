@@ -1,0 +1,56 @@
+"""Where TVM's converters give wrong results, measured with the node tests of the onnx package: refused instead.
+
+A row names an operator of the standard set and tells which uses of it are affected, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from tvm_ternary.graph.onnx.node import Node
+
+_Rule: TypeAlias = "Callable[[Node, int, str], str | None]"
+
+
+def flaw(node: Node, rank: int, dtype: str) -> str | None:
+    """Why TVM's converter of a node must not be used, None where it may be.
+
+    Parameters
+    ----------
+    node : Node
+        The node.
+    rank : int
+        The rank of its first input.
+    dtype : str
+        The element type of its first input.
+    """
+    rule = _FLAWS.get(node.op)
+    return None if rule is None else rule(node, rank, dtype)
+
+
+def _always(problem: str) -> _Rule:
+    return lambda node, rank, dtype: problem
+
+
+def _if_set(attribute: str, usual: object, problem: str) -> _Rule:
+    return lambda node, rank, dtype: None if node.attributes.get(attribute, usual) == usual else problem
+
+
+def _whole_tensor(node: Node, rank: int, dtype: str) -> str | None:
+    return "normalization over all axes" if node.attributes.get("axis", -1) % rank == 0 else None
+
+
+def _signed_shift(node: Node, rank: int, dtype: str) -> str | None:
+    return None if dtype.startswith("u") else f"shifts of {dtype}"
+
+
+_FLAWS: dict[str, _Rule] = {
+    "NonMaxSuppression": _always("TVM selects no boxes"),
+    "BatchNormalization": _if_set("training_mode", 0, "training mode"),
+    "BitShift": _signed_shift,
+    "ConvTranspose": _if_set("output_shape", None, "an explicit output shape"),
+    "RoiAlign": _if_set("mode", "avg", "the maximum of a region"),
+    "SpaceToDepth": _if_set("mode", "DCR", "the order of channels CRD"),
+    "RMSNormalization": _whole_tensor,
+}

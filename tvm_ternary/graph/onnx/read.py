@@ -1,0 +1,97 @@
+"""Read an ONNX file and say in one line what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
+
+from tvm_ternary.errors import ModelError
+
+_OLDEST_IR = 3
+
+
+def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """Read a model with its external data.
+
+    Parameters
+    ----------
+    source : str, Path or onnx.ModelProto
+        A file, or a model that is already in memory.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, no ONNX model, truncated, or its external data is missing or too short.
+    """
+    if isinstance(source, onnx.ModelProto):
+        _check_model(source, source.graph.name or "model")
+        return source
+    path = Path(source)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(str(path), "no such file") from None
+    except OSError as error:
+        raise ModelError(str(path), f"cannot be read: {error.strerror}") from None
+    except DecodeError:
+        raise ModelError(str(path), "is no ONNX model, or it is truncated", "download or export it again") from None
+    _check_model(model, str(path))
+    for tensor in _external_tensors(model.graph):
+        _check_external(tensor, path)
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def _check_model(model: onnx.ModelProto, name: str) -> None:
+    if not model.ir_version or not model.graph.output:
+        raise ModelError(name, "is no ONNX model: it has no version or no outputs", "download or export it again")
+    if model.ir_version < _OLDEST_IR:
+        raise ModelError(name, f"IR version {model.ir_version} is older than {_OLDEST_IR}", "export it again")
+
+
+def _external_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    tensors = [tensor for tensor in graph.initializer if uses_external_data(tensor)]
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t] if attribute.HasField("t") and uses_external_data(attribute.t) else []
+            tensors += _external_tensors(attribute.g) if attribute.HasField("g") else []
+    return tensors
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    info = ExternalDataInfo(tensor)
+    file = path.parent / info.location
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise ModelError(str(path), f"weight {tensor.name} lies outside of the model's folder, in {info.location}")
+    if not file.is_file():
+        raise ModelError(str(path), f"weight {tensor.name} lies in {file}, which does not exist", "put it there")
+    end = (info.offset or 0) + (info.length or 0)
+    if file.stat().st_size < end:
+        raise ModelError(
+            str(path),
+            f"weight {tensor.name} ends at byte {end} of {file}, which has {file.stat().st_size}",
+            "the file is truncated: download or export it again",
+        )
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuse a weight with NaN or infinite elements.
+
+    Raises
+    ------
+    ModelError
+        If there is one; says how many and where the first is.
+    """
+    bad = ~np.isfinite(array)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ModelError(
+            name,
+            f"{int(bad.sum())} of {array.size} elements are NaN or infinite, the first at {first}",
+            "repair the checkpoint, or leave the layer in float with --layers",
+        )

@@ -1,0 +1,87 @@
+"""Element-wise work, broadcasts, transposes, reshapes, slices, concatenations and gathers: one pass per output."""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.sym import Analyzer
+from tvm.tirx import PrimFunc, Stmt, Var
+
+from .nest import decompose, index, product, sequence, space, static, strips, substitute, vector
+from .pieces import find_cuts, settle
+from .program import Axis, Program, Stage, cost
+from .simd import Simd
+
+
+def schedule_injective(program: Program, simd: Simd) -> PrimFunc | None:
+    """Write each stage as parallel rows with vectors along the last axis.
+
+    Parameters
+    ----------
+    program : Program
+    simd : Simd
+
+    Returns
+    -------
+    PrimFunc or None
+        None if a stage reduces, or is more than one store.
+    """
+    if not all(stage.is_map for stage in program.stages):
+        return None
+    body = sequence([map_stage(stage, simd) for stage in program.stages])
+    return program.with_nest(body, program.temporaries)
+
+
+def map_stage(stage: Stage, simd: Simd) -> Stmt:
+    """The loop nest of one map.
+
+    Parameters
+    ----------
+    stage : Stage
+        With `is_map`.
+    simd : Simd
+
+    Returns
+    -------
+    Stmt
+    """
+    lanes = simd.lanes(str(stage.body.buffer.dtype))
+    outer = _outer_axes(stage.axes, lanes)
+    row = stage.axes[outer:]
+    extents = [axis.extent for axis in row]
+    cuts = find_cuts(stage, row[0]) if len(row) == 1 else []
+
+    def one_row(indices: list[Expr]) -> Stmt:
+        leading = {axis.var: i for axis, i in zip(stage.axes, indices, strict=False)}
+        ends = [*cuts, product(extents)]
+        parts = [
+            _part(stage, row, leading, low, high, lanes) for low, high in zip([index(0), *cuts], ends, strict=True)
+        ]
+        return sequence(*parts)
+
+    return space([axis.extent for axis in stage.axes[:outer]], product([*extents, cost(stage.body)]), one_row)
+
+
+def _part(
+    stage: Stage, row: tuple[Axis, ...], leading: dict[Var, Expr], low: Expr, high: Expr, lanes: int
+) -> list[Stmt]:
+    """The elements of a row from `low` up to `high`."""
+    known = settle(stage, row[0], low, high) if len(row) == 1 else stage
+    low, length = substitute(low, leading), substitute(Analyzer().simplify(high - low), leading)
+    extents = [axis.extent for axis in row]
+
+    def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
+        def element(lane: Expr) -> Stmt:
+            position = decompose(low + base + lane, extents)
+            return substitute(known.body, {**leading, **{a.var: i for a, i in zip(row, position, strict=True)}})
+
+        return vector(width, element)
+
+    return strips(length, lanes, strip)
+
+
+def _outer_axes(axes: tuple[Axis, ...], lanes: int) -> int:
+    """How many leading axes stay loops; the others together make rows long enough for a vector."""
+    outer = max(len(axes) - 1, 0)
+    while outer > 0 and (static(product([a.extent for a in axes[outer:]])) or lanes) < lanes:
+        outer -= 1
+    return outer
