@@ -30,6 +30,7 @@ MANIFEST = Manifest(
     model=ModelInfo("net", "net.onnx", "5e" * 32),
     inputs=(TensorSpec("x", "float32", ("batch", 64)),),
     outputs=(TensorSpec("y", "int64", ()),),
+    bounds={},
     scheme="t2a8g64",
     layers=(TERNARY, FLOAT),
     functions=(FunctionInfo("f", "matmul_a8", "rule:avx2"), FunctionInfo("g", None, "rule:rows")),

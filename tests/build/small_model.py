@@ -119,6 +119,7 @@ def manifest(target: Target, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
         model=ModelInfo("small", "small.onnx", "ab" * 32),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
+        bounds={},
         scheme="t2a8g128",
         layers=(LayerInfo("table", (3, 4), "float32", None, 32.0, None, None, "rule", None, "too small"),),
         functions=(FunctionInfo("matmul", None, "rule"),),

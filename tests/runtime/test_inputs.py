@@ -114,3 +114,17 @@ def test_wrong_dimensions_for_random_inputs(dims: dict[str, int], message: str) 
     with pytest.raises(OptionError) as caught:
         random_inputs(SPECS, dims)
     assert str(caught.value).startswith(message)
+
+
+def test_a_named_dimension_is_at_least_one_and_within_its_bound() -> None:
+    spec = TensorSpec("x", "float32", ("batch", "length"))
+    for shape in ((1, 1), (3, 8)):
+        check_inputs([spec], {"x": np.zeros(shape, np.float32)}, {"length": 8})
+    for shape, message in (
+        ((0, 3), "input 'x': has batch=0; expected at least 1"),
+        ((2, 9), "input 'x': has length=9; expected 1 to 8"),
+        ((2, 0), "input 'x': has length=0; expected 1 to 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_inputs([spec], {"x": np.zeros(shape, np.float32)}, {"length": 8})
+    assert random_inputs([spec], bounds={"length": 8})["x"].shape == (1, 8)

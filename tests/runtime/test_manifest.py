@@ -46,6 +46,7 @@ MANIFESTS = st.builds(
     model=st.builds(ModelInfo, NAMES, NAMES, NAMES),
     inputs=st.lists(SPECS, max_size=3).map(tuple),
     outputs=st.lists(SPECS, max_size=3).map(tuple),
+    bounds=st.dictionaries(NAMES, st.integers(1, 2**31), max_size=2),
     scheme=NAMES,
     layers=st.lists(LAYERS, max_size=3).map(tuple),
     functions=st.lists(st.builds(FunctionInfo, NAMES, st.none() | NAMES, NAMES), max_size=3).map(tuple),
@@ -58,6 +59,7 @@ PLAIN = Manifest(
     model=ModelInfo("m", "m.onnx", "ab"),
     inputs=(TensorSpec("x", "float32", ("batch", 4)),),
     outputs=(),
+    bounds={},
     scheme="t2a8g128",
     layers=(LayerInfo("w", (3, 4), "ternary", "t2a8g128", 4.5, "gemv", "codes", "rule", 0.25, None),),
     functions=(),
@@ -128,6 +130,12 @@ def test_each_key_is_needed_and_has_its_kind(path: tuple[str | int, ...]) -> Non
         Manifest.from_json(json.dumps(document))
     assert str(path[-1]) in str(missing.value)
     assert str(path[-1]) in str(wrong.value)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, "3", True, None])
+def test_a_bound_is_a_number_of_at_least_one(most: object) -> None:
+    with pytest.raises(ArtifactError, match="manifest.bounds.length is .* expected a number of at least 1"):
+        Manifest.from_json(json.dumps({**PLAIN.to_dict(), "bounds": {"length": most}}))
 
 
 def test_an_unknown_version_or_key_is_refused() -> None:

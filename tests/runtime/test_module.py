@@ -46,7 +46,7 @@ def check(outputs: list[npt.NDArray[Any]], given: dict[str, npt.NDArray[Any]]) -
     np.testing.assert_array_equal(outputs[2], TABLE)
 
 
-@pytest.mark.parametrize(("batch", "n"), [(1, 1), (2, 3), (7, 130), (0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (2, 3), (7, 130)])
 def test_results(module: Module, batch: int, n: int) -> None:
     given = inputs(batch, n)
     check(module.run(None, given), given)

@@ -64,7 +64,7 @@ def compile(
     scheme: str = DEFAULT_SCHEME,
     layers: str | Sequence[str] | Mapping[str, str] = "all",
     method: str = "twn",
-    dims: Mapping[str, int] | None = None,
+    dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     weights: str = "auto",
     dump_ir: str | Path | None = None,
@@ -88,8 +88,8 @@ def compile(
         perhaps with a scheme of its own (``"query|key=t3a8g64"``). The others stay float.
     method : str
         How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`.
-    dims : mapping of str to int, optional
-        Values of symbolic dimensions; the others stay dynamic.
+    dims : mapping, optional
+        Values of symbolic dimensions, or the name of another one that a dimension equals; the others stay dynamic.
     constants : mapping, optional
         Values of inputs that become constants (a sampling rate, a flag).
     weights : str
@@ -179,6 +179,7 @@ def _manifest(
         model=ModelInfo(imported.name, source.name, sha256(source.read_bytes()).hexdigest()),
         inputs=imported.inputs,
         outputs=imported.outputs,
+        bounds=imported.bounds,
         scheme=scheme,
         layers=(
             *(_layer(row, layers.get(row.name), errors.get(row.name), params, lowered) for row in plan),

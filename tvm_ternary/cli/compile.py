@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import tvm_ternary
-from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, whole_number
+from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, size_or_name
 from tvm_ternary.errors import InputError
 from tvm_ternary.target import target_names
 
@@ -46,7 +46,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--method", default="twn", help="how one plane is fitted (default: %(default)s)")
     parser.add_argument(
-        "--dim", metavar="NAME=VALUE", action="append", default=[], help="fix a symbolic dimension; may be repeated"
+        "--dim",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="fix a symbolic dimension, or say which other one it equals; may be repeated",
     )
     parser.add_argument(
         "--constant",
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "target": args.target,
         "layers": args.layers or "all",
         "method": args.method,
-        "dims": {name: whole_number("--dim", name, text) for name, text in dims.items()},
+        "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: _constant(name, text) for name, text in constants.items()},
         "weights": args.weights,
         "dump_ir": args.dump_ir,

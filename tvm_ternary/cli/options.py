@@ -63,6 +63,11 @@ def whole_number(option: str, name: str, text: str) -> int:
     return int(text)
 
 
+def size_or_name(option: str, name: str, text: str) -> int | str:
+    """Read what a dimension is to be: a whole number, or else the name of the dimension it equals."""
+    return whole_number(option, name, text) if re.fullmatch(r"[+-]?[0-9.]+", text) else text
+
+
 def print_json(document: object) -> None:
     """Print a document for machines, keys in a fixed order."""
     write_out(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     module = load(args.library, threads=args.threads)
     given = {name: _read_array(name, file) for name, file in files.items()}
     sizes = _dimensions(module.inputs, given, dims)
-    inputs = {**random_inputs(module.inputs, sizes, args.seed), **given}
+    inputs = {**random_inputs(module.inputs, sizes, args.seed, module.manifest.bounds), **given}
     names = [spec.name for spec in module.outputs]
     outputs = module.run(None, inputs)
     written = _write_arrays(Path(args.output), names, outputs) if args.output else None

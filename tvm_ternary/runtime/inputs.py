@@ -12,16 +12,26 @@ from tvm_ternary.errors import InputError
 from tvm_ternary.runtime.manifest import TensorSpec
 
 
-def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, npt.ArrayLike]) -> list[npt.NDArray[Any]]:
+def check_inputs(
+    specs: Sequence[TensorSpec], inputs: Mapping[str, npt.ArrayLike], bounds: Mapping[str, int] | None = None
+) -> list[npt.NDArray[Any]]:
     """Give the inputs as arrays in the order of ``specs``.
 
-    Nothing is cast or broadcast: a dtype or shape that does not fit is an error.
+    Nothing is cast or broadcast: a dtype or shape that does not fit is an error. A named dimension is at least 1, which
+    compiled code takes for granted.
+
+    Parameters
+    ----------
+    specs : sequence of TensorSpec
+    inputs : mapping of str to array
+    bounds : mapping of str to int, optional
+        The largest value of a named dimension, where the model sets one.
 
     Raises
     ------
     InputError
         If an input is missing or unknown, or has another dtype, rank or shape than declared, or two inputs give one
-        named dimension different numbers.
+        named dimension different numbers, or one that is out of bounds.
     """
     names = [spec.name for spec in specs]
     if not isinstance(inputs, Mapping):
@@ -36,7 +46,13 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, npt.ArrayLike
             given = _list(list(inputs)) if inputs else "none"
             raise InputError(f"input {name!r}", f"is missing; given: {given}; expected {_list(names)}")
     bound: dict[str, tuple[int, str]] = {}
-    return [_check(spec, inputs[spec.name], bound) for spec in specs]
+    arrays = [_check(spec, inputs[spec.name], bound) for spec in specs]
+    for dim, (got, source) in bound.items():
+        most = (bounds or {}).get(dim)
+        if got < 1 or (most is not None and got > most):
+            wanted = "at least 1" if most is None else f"1 to {most}"
+            raise InputError(f"input {source!r}", f"has {dim}={got}; expected {wanted}")
+    return arrays
 
 
 def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:

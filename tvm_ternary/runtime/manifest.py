@@ -170,12 +170,15 @@ class SizesInfo:
 class Manifest:
     """Everything an artifact says about itself; see the parts for their fields.
 
-    ``versions`` maps the package name (``tvm_ternary``, ``apache-tvm``, ``apache-tvm-ffi``) to its version.
+    ``bounds`` holds the largest value of a named dimension where the model sets one, by its table of positions for example;
+    every named dimension is at least 1. ``versions`` maps a package (``tvm-ternary``, ``apache-tvm``, ``apache-tvm-ffi``)
+    to its version.
     """
 
     model: ModelInfo
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    bounds: dict[str, int] = field(hash=False)
     scheme: str
     layers: tuple[LayerInfo, ...]
     functions: tuple[FunctionInfo, ...]
@@ -234,6 +237,7 @@ def _manifest(reader: _Reader, body: dict[str, Any]) -> Manifest:
         model=reader.one(ModelInfo, body, "model"),
         inputs=reader.many(TensorSpec, body, "inputs"),
         outputs=reader.many(TensorSpec, body, "outputs"),
+        bounds=reader.bounds(body),
         scheme=reader.value(str, body, "scheme"),
         layers=reader.many(LayerInfo, body, "layers"),
         functions=reader.many(FunctionInfo, body, "functions"),
@@ -280,6 +284,13 @@ class _Reader:
         if not isinstance(got, kind):
             raise self._error(f"manifest.{key} is {type(got).__name__}; expected {kind.__name__}")
         return got
+
+    def bounds(self, body: Mapping[str, Any]) -> dict[str, int]:
+        found: dict[str, int] = self.value(dict, body, "bounds")
+        for name, most in found.items():
+            if type(most) is not int or most < 1:
+                raise self._error(f"manifest.bounds.{name} is {most!r}; expected a number of at least 1")
+        return found
 
     def one(self, kind: type[_T], body: Mapping[str, Any], key: str) -> _T:
         return self._build(kind, body[key], key)

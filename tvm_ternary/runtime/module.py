@@ -139,7 +139,7 @@ class Module:
             If a name, dtype or shape is not as declared, or the model itself refuses the values.
         """
         wanted = check_outputs(self.outputs, output_names)
-        arrays = check_inputs(self.inputs, inputs)
+        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
         return self._thread.call(self._run, arrays, wanted)
 
     def time(self, inputs: Mapping[str, npt.ArrayLike], repeat: int = 10, number: int = 1) -> Timing:
@@ -164,7 +164,7 @@ class Module:
         for name, value in (("repeat", repeat), ("number", number)):
             if value < 1:
                 raise OptionError(name, f"is {value}; expected at least 1")
-        arrays = check_inputs(self.inputs, inputs)
+        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
         runs = self._thread.call(self._time, arrays, repeat, number)
         p20, median, p80 = (float(value) for value in np.percentile(runs, (20, 50, 80)))
         return Timing(median, p20, p80, tuple(runs))

@@ -16,7 +16,10 @@ _OTHER_DIM = 32
 
 
 def random_inputs(
-    specs: Sequence[TensorSpec], dims: Mapping[str, int] | None = None, seed: int = 0
+    specs: Sequence[TensorSpec],
+    dims: Mapping[str, int] | None = None,
+    seed: int = 0,
+    bounds: Mapping[str, int] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Make inputs that a model accepts.
 
@@ -29,9 +32,11 @@ def random_inputs(
         Usually ``module.inputs``.
     dims : mapping of str to int, optional
         Numbers for named dimensions. One that is not given is 1 if it leads the shape of some input (a batch) and 32
-        otherwise (a length or size; 32 because image models halve theirs up to five times).
+        otherwise (a length or size; 32 because image models halve theirs up to five times), or its bound if that is less.
     seed : int
         The same seed gives the same inputs.
+    bounds : mapping of str to int, optional
+        The largest value of a named dimension, where the model sets one: ``module.manifest.bounds``.
 
     Raises
     ------
@@ -46,7 +51,8 @@ def random_inputs(
             raise OptionError(f"dimension {name!r}", f"no such dimension; expected one of {', '.join(names) or 'none'}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"dimension {name!r}", f"is {value!r}; expected a whole number >= 0")
-    sizes = {name: dims.get(name, _LEADING_DIM if name in leading else _OTHER_DIM) for name in names}
+    usual = {name: _LEADING_DIM if name in leading else _OTHER_DIM for name in names}
+    sizes = {name: dims.get(name, min(usual[name], (bounds or {}).get(name, usual[name]))) for name in names}
     generator = np.random.default_rng(seed)
     return {spec.name: _random(spec, sizes, generator) for spec in specs}
 
