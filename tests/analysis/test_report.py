@@ -110,6 +110,8 @@ def test_facts(missing: list[str] | None, told: str) -> None:
     assert table["made by"] == "apache-tvm 0.27, tvm-ternary 0.1"
     beside = replace(MANIFEST, weights=WeightsInfo("7f" * 32, 832, "net.safetensors", ("a",)))
     assert facts(report.facts_table(beside, 10, [])).get("weights lie") == "beside it, in net.safetensors"
+    bounded = replace(MANIFEST, bounds={"length": 512})
+    assert facts(report.facts_table(bounded, 10, []))["largest length"] == "512"
     bare = replace(MANIFEST, target=TargetInfo("plain", {}, ()))
     assert facts(report.facts_table(bare, 10, []))["needs"] == "no particular CPU feature"
 

@@ -109,6 +109,7 @@ def facts_table(manifest: Manifest, file_bytes: int, missing_features: Sequence[
         ("weights lie", "inside the file" if weights.file is None else f"beside it, in {weights.file}"),
         ("their SHA-256", weights.sha256),
         ("file", format_bytes(file_bytes)),
+        *((f"largest {name}", str(most)) for name, most in sorted(manifest.bounds.items())),
         ("target", target.name),
         ("needs", " ".join(target.features) or "no particular CPU feature"),
         ("this host", _host(missing_features)),

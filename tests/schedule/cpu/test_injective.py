@@ -133,6 +133,12 @@ def test_casts(tier: str) -> None:
     check(tier, lambda emit, x: op.astype(x, "float32"), inputs, cases, lambda x: x.astype(np.float32))
 
 
+def test_comparisons(tier: str) -> None:
+    """Booleans are bytes, but a vector of them would be four of what is compared."""
+    cases = [(normal(n, 3, n), normal(n + 1, 3, n)) for n in LENGTHS]
+    check(tier, lambda emit, x, y: op.less(x, y), [tensor(("b", "n")), tensor(("b", "n"))], cases, np.less)
+
+
 def test_two_outputs(tier: str) -> None:
     compiled = compile_graph(tier, lambda emit, x: op.split(x, 2, 1), tensor(("b", 20)))
     x = normal(0, 3, 20)

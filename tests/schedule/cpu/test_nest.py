@@ -95,6 +95,7 @@ def test_only_enough_work_wakes_other_threads() -> None:
     assert isinstance(many, For)
     assert many.kind == ForKind.PARALLEL
     assert isinstance(unknown, IfThenElse)
+    assert isinstance(space([Var("n", "int64")], 1, lambda i: record(*i)), IfThenElse)
     assert unknown.then_case.kind == ForKind.PARALLEL
     assert unknown.else_case.kind == ForKind.SERIAL
 

@@ -115,6 +115,36 @@ def test_what_cannot_be_read_safely_stays_as_written(function: tirx.PrimFunc) ->
     tvm.ir.assert_structural_equal(scheduled.body, function.body)
 
 
+@T.prim_func(s_tir=True)
+def sum_from_five(x: T.Buffer((T.int64(4), T.int64(64)), "float32"), y: T.Buffer((T.int64(4),), "float32")):
+    for i, k in T.grid(T.int64(4), T.int64(64)):
+        with T.sblock("sum"):
+            vi, vk = T.axis.remap("SR", [i, k])
+            with T.init():
+                y[vi] = T.float32(5)
+            y[vi] = y[vi] + x[vi, vk]
+
+
+def test_a_sum_that_starts_elsewhere_is_not_split_over_lanes() -> None:
+    scheduled, source = schedule_function(sum_from_five, simd_of(PORTABLE))
+    assert source == "fallback:loops"
+    x, y = tvm.runtime.tensor(normal(0, 4, 64)), tvm.runtime.tensor(np.zeros(4, np.float32))
+    tvm.compile(scheduled, target=PORTABLE)["sum_from_five"](x, y)
+    np.testing.assert_allclose(y.numpy(), 5 + x.numpy().astype(np.float64).sum(-1), rtol=0, atol=1e-5)
+
+
+def test_other_architectures_get_vectors_too() -> None:
+    """The same rules, compiled for a CPU that is not this one."""
+    target = tvm.target.Target(resolve("aarch64").tvm)
+    weight = relax.const(normal(0, 32, 64))
+    graph = make_graph(lambda emit, x: op.nn.softmax(emit(op.matmul(x, weight))), tensor(("b", "s", 32)))
+    scheduled, sources = schedule_module(lower_graph_ops(graph), target)
+    assert set(sources.values()) == {"rule:matmul", "rule:rows"}
+    for name in sources:
+        library = tvm.compile(scheduled[name].with_attr("global_symbol", "main"), target=target)
+        assert "fmla\tv" in library.mod.inspect_source("asm")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

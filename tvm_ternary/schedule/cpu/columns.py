@@ -97,7 +97,6 @@ class _Tiles:
     def nest(self) -> Stmt:
         """The whole stage."""
         position, points = self.shared_axis()
-        last = self.stage.spatial[position].extent - points
         outer = [
             product([tirx.ceildiv(axis.extent, points if n == position else 1)])
             for n, axis in enumerate(self.stage.spatial[:-1])
@@ -109,7 +108,10 @@ class _Tiles:
 
         def tile(indices: list[Expr]) -> Stmt:
             # The last tile overlaps the one before it and computes the same again.
-            tops = [tirx.min(i * points, last) if n == position else i for n, i in enumerate(indices)]
+            tops = [
+                tirx.min(i * points, axis.extent - points) if n == position else i
+                for n, (i, axis) in enumerate(zip(indices, self.stage.spatial, strict=False))
+            ]
 
             def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
                 return self._strip(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad
-from tvm.tirx import Add, BufferStore, Max, Min, Mul, Select, Stmt, Var
+from tvm.tirx import Add, BufferStore, FloatImm, IntImm, Max, Min, Mul, Select, Stmt, Var
 
 from .nest import fit_lanes, index, strips, vector
 from .program import Stage, loads
@@ -19,6 +19,7 @@ COMBINE: dict[type, Callable[[Expr, Expr], Expr]] = {
     Max: tirx.max,
     Min: tirx.min,
 }
+NEUTRAL = {Add: 0.0, Mul: 1.0}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_fold(stage: Stage) -> Fold | None:
     if not stage.reduced or not isinstance(store, BufferStore) or not isinstance(init, BufferStore):
         return None
     combine = COMBINE.get(type(store.value))
-    if combine is None or loads(init.value):
+    if combine is None or not _starts_neutral(type(store.value), init.value):
         return None
     for kept, value in ((store.value.a, store.value.b), (store.value.b, store.value.a)):
         if (
@@ -61,6 +62,15 @@ def read_fold(stage: Stage) -> Fold | None:
         ):
             return Fold(store.buffer, tuple(store.indices), value, init.value, combine)
     return None
+
+
+def _starts_neutral(operation: type, value: Expr) -> bool:
+    """Whether every lane may start from a value: it is constant, and counted once or often makes no difference."""
+    if not isinstance(value, (IntImm, FloatImm)):
+        return False
+    # Maximum and minimum of equal values are that value, whatever it is.
+    neutral = NEUTRAL.get(operation)
+    return neutral is None or float(value.value) == neutral
 
 
 def accumulator(fold: Fold, lanes: int, name: str = "lanes") -> Var:

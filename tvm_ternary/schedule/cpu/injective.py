@@ -8,7 +8,7 @@ from tvm.tirx import PrimFunc, Stmt, Var
 
 from .nest import decompose, index, product, sequence, space, static, strips, substitute, vector
 from .pieces import find_cuts, settle
-from .program import Axis, Program, Stage, cost
+from .program import Axis, Program, Stage, cost, loads, uses
 from .simd import Simd
 
 
@@ -44,7 +44,7 @@ def map_stage(stage: Stage, simd: Simd) -> Stmt:
     -------
     Stmt
     """
-    lanes = simd.lanes(str(stage.body.buffer.dtype))
+    lanes = _lanes(stage, simd)
     outer = _outer_axes(stage.axes, lanes)
     row = stage.axes[outer:]
     extents = [axis.extent for axis in row]
@@ -77,6 +77,12 @@ def _part(
         return vector(width, element)
 
     return strips(length, lanes, strip)
+
+
+def _lanes(stage: Stage, simd: Simd) -> int:
+    """Elements that fit in a vector of the widest type among those that move along the last axis."""
+    moving = [load.source for load in loads(stage.body) if stage.axes and uses(load, stage.axes[-1].var)]
+    return min(simd.lanes(str(buffer.dtype)) for buffer in (stage.body.buffer, *moving))
 
 
 def _outer_axes(axes: tuple[Axis, ...], lanes: int) -> int:

@@ -44,7 +44,7 @@ def read_matmul(program: Program) -> Matmul | None:
         return None
     if str(fold.target.dtype) != "float32" or not isinstance(product_stage.body.value, Add):
         return None
-    if not isinstance(fold.value, Mul) or float(fold.identity.value) != 0.0:
+    if not isinstance(fold.value, Mul):
         return None
     (inner,), (*lead, column) = product_stage.reduced, product_stage.spatial
     left, right = fold.value.a, fold.value.b

@@ -164,7 +164,7 @@ def space(extents: Sequence[int | Expr], work: int | Expr, body: Callable[[list[
     -------
     Stmt
     """
-    fused = 0
+    fused = min(1, len(extents))
     while fused < len(extents) and _typical([*extents[fused:], work]) > TASK_WORK:
         fused += 1
     outer = extents[:fused]

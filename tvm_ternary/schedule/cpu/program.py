@@ -94,10 +94,6 @@ class Stage:
         """Whether the stage loads from a buffer."""
         return any(load.source.same_as(buffer) for load in loads(self.body))
 
-    def at(self, *indices: Expr) -> Stmt:
-        """The statement of a stage at one point; `indices` follow `axes`."""
-        return substitute(self.body, {axis.var: i for axis, i in zip(self.axes, indices, strict=True)})
-
     def mapped(self, change: Callable[[Any], Any]) -> Stage:
         """The same stage with `change` applied to its statements."""
         return replace(self, body=change(self.body), init=None if self.init is None else change(self.init))
