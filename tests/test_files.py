@@ -18,7 +18,9 @@ def test_writes_a_new_file_with_the_mode_of_the_umask(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         with atomic_path(target) as temporary:
-            assert temporary.parent == tmp_path and temporary.suffix == ".so" and temporary.exists()
+            assert temporary.parent == tmp_path
+            assert temporary.suffix == ".so"
+            assert temporary.exists()
             assert not target.exists()
             temporary.write_bytes(b"new")
     finally:
@@ -61,7 +63,7 @@ def test_the_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatc
 def test_leaves_the_old_file_when_the_block_fails(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "model.so"
     target.write_bytes(b"old")
-    with pytest.raises(type(error)) as caught, atomic_path(target) as temporary:
+    with pytest.raises(type(error)) as caught, atomic_path(target) as temporary:  # noqa: PT012
         temporary.write_bytes(b"half")
         raise error
     assert caught.value is error
@@ -71,7 +73,7 @@ def test_leaves_the_old_file_when_the_block_fails(tmp_path: Path, error: BaseExc
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     problem = r"model\.so: cannot be written \(No space left on device\)"
-    with pytest.raises(OutputError, match=problem), atomic_path(tmp_path / "model.so") as temporary:
+    with pytest.raises(OutputError, match=problem), atomic_path(tmp_path / "model.so") as temporary:  # noqa: PT012
         temporary.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []

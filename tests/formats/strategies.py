@@ -58,6 +58,7 @@ def block_elements(count: int) -> Iterator[None]:
 
 def assert_same(got: TernaryTensor, expected: TernaryTensor) -> None:
     """Compare two tensors bit by bit."""
-    assert got.shape == expected.shape and got.granularity == expected.granularity
+    assert got.shape == expected.shape
+    assert got.granularity == expected.granularity
     np.testing.assert_array_equal(got.planes, expected.planes)
     np.testing.assert_array_equal(got.scale, expected.scale)

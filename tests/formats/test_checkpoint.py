@@ -78,7 +78,8 @@ def test_arrays_and_metadata_come_back(saved: Path) -> None:
     for name in ("bias", "a step"):
         array = loaded[name]
         assert isinstance(array, np.ndarray)
-        assert array.dtype == content[name].dtype and array.shape == content[name].shape
+        assert array.dtype == content[name].dtype
+        assert array.shape == content[name].shape
         np.testing.assert_array_equal(array, content[name])
     assert load_metadata(saved) == {"model": "demo", "note": "é"}
 

@@ -42,7 +42,8 @@ def test_a_group_size_is_a_positive_int(size: object) -> None:
 @given(granularities, columns)
 def test_groups_cover_every_column_once(granularity: Granularity, k: int) -> None:
     groups, size = granularity.groups(k), granularity.group_size(k)
-    assert groups >= 1 and size >= 1
+    assert groups >= 1
+    assert size >= 1
     assert (groups - 1) * size < max(k, 1) <= groups * size
 
 

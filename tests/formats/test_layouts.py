@@ -49,7 +49,8 @@ def check_codes(tensor: TernaryTensor, elements: int) -> None:
         expected[p, n // 16, group * group_words + local // 16, n % 16] += trit << (8 * j + 2 * s)
     with block_elements(elements):
         got = pack_codes(tensor)
-    assert got.dtype == np.uint32 and got.flags.c_contiguous
+    assert got.dtype == np.uint32
+    assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, expected)
 
 
@@ -65,7 +66,8 @@ def check_bits(tensor: TernaryTensor, elements: int) -> None:
         expected[p, n // 16, word, 1, n % 16] |= (trit < 0) << (local % 32)
     with block_elements(elements):
         got = pack_bits(tensor)
-    assert got.dtype == np.uint32 and got.flags.c_contiguous
+    assert got.dtype == np.uint32
+    assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, expected)
 
 
@@ -95,7 +97,8 @@ def test_scale_reaches_every_row_and_no_padding(tensor: TernaryTensor) -> None:
     n_rows, k_columns = tensor.shape
     got = pack_scale(tensor)
     groups = tensor.granularity.groups(k_columns)
-    assert got.dtype == np.float32 and got.shape == (tensor.num_planes, groups, -(-n_rows // 16) * 16)
+    assert got.dtype == np.float32
+    assert got.shape == (tensor.num_planes, groups, -(-n_rows // 16) * 16)
     for (p, group, n), value in np.ndenumerate(got):
         expected = tensor.scale[p, min(n, tensor.scale.shape[1] - 1), group] if n < n_rows else 0
         assert value == expected
@@ -105,7 +108,8 @@ def test_scale_reaches_every_row_and_no_padding(tensor: TernaryTensor) -> None:
 def test_padded_k_is_the_least_that_holds_a_group(granularity: Granularity, k: int, block: int) -> None:
     groups, padded = padded_k(k, granularity, block)
     assert groups == granularity.groups(k)
-    assert padded % block == 0 and padded - block < granularity.group_size(k) <= padded
+    assert padded % block == 0
+    assert padded - block < granularity.group_size(k) <= padded
 
 
 @given(granularities, rows, columns, st.sampled_from([CODES_BLOCK, BITS_BLOCK]), st.sampled_from(["int8", "float32"]))

@@ -44,7 +44,8 @@ def test_other_names_are_refused_with_the_grammar_and_an_example(text: str) -> N
     with pytest.raises(OptionError) as caught:
         Scheme.parse(text)
     message = str(caught.value)
-    assert message.startswith("scheme ") and "\n" not in message
+    assert message.startswith("scheme ")
+    assert "\n" not in message
     assert all(word in message for word in ("t{1-4}a{32|8|1}", "g{size}", "pt", "for example t1a8g128"))
 
 

@@ -24,7 +24,8 @@ def slow_trit(tensor: TernaryTensor, p: int, n: int, k: int) -> int:
 def check_bits(tensor: TernaryTensor) -> None:
     """Compare trits with the description, and pack them again."""
     trits = tensor.trits()
-    assert trits.dtype == np.int8 and trits.shape == (tensor.num_planes, *tensor.shape)
+    assert trits.dtype == np.int8
+    assert trits.shape == (tensor.num_planes, *tensor.shape)
     for (p, n, k), trit in np.ndenumerate(trits):
         assert trit == slow_trit(tensor, p, n, k)
     assert_same(TernaryTensor.from_trits(trits, tensor.scale, tensor.granularity), tensor)
@@ -50,7 +51,8 @@ def test_rows_are_rows_of_the_whole(tensor: TernaryTensor, rows: slice) -> None:
 def test_dequantize_sums_planes_in_float32_in_order(tensor: TernaryTensor, elements: int) -> None:
     with block_elements(elements):
         got = tensor.dequantize()
-    assert got.dtype == np.float32 and got.shape == tensor.shape
+    assert got.dtype == np.float32
+    assert got.shape == tensor.shape
     trits, size = tensor.trits(), tensor.granularity.group_size(tensor.shape[1])
     for (n, k), value in np.ndenumerate(got):
         expected = np.float32(0)
@@ -89,8 +91,10 @@ def test_sizes_of_a_hand_counted_tensor() -> None:
 @pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0)])
 def test_an_empty_matrix_has_no_bits(n: int, k: int) -> None:
     tensor = TernaryTensor(**make(2, n, k, PerGroup(4)))
-    assert tensor.bits_per_weight == 0.0 and tensor.sparsity == (0.0, 0.0)
-    assert tensor.trits().shape == (2, n, k) and tensor.dequantize().shape == (n, k)
+    assert tensor.bits_per_weight == 0.0
+    assert tensor.sparsity == (0.0, 0.0)
+    assert tensor.trits().shape == (2, n, k)
+    assert tensor.dequantize().shape == (n, k)
 
 
 def test_the_slots_cannot_be_changed() -> None:

@@ -30,7 +30,8 @@ def _elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_a_ternary_matrix_comes_through(kind: Granularity, n: int, k: int, seed: int) -> None:
     w = ternary_matrix(n, k, kind, seed)
     found = recognise(w, KINDS)
-    assert found is not None and found.num_planes == 1
+    assert found is not None
+    assert found.num_planes == 1
     assert found.granularity in KINDS[KINDS.index(kind) :], "not finer than what it was made with"
     np.testing.assert_array_equal(found.dequantize(), w)
     np.testing.assert_array_equal(found.trits()[0], np.sign(w))
@@ -42,14 +43,16 @@ def test_the_coarsest_granularity_is_found_in_any_order(kind: Granularity) -> No
     w = ternary_matrix(10, 30, kind, 0)
     for order in (KINDS, KINDS[::-1], [*KINDS, PerGroup(14), PerGroup(1)]):
         found = recognise(w, order)
-        assert found is not None and found.granularity == kind
+        assert found is not None
+        assert found.granularity == kind
         np.testing.assert_array_equal(found.dequantize(), w)
 
 
 def test_wide_groups_are_tried_before_narrow_ones() -> None:
     w = ternary_matrix(10, 56, PerGroup(14), 0)
     found = recognise(w, [PerGroup(7), PerGroup(14), PerGroup(28)])
-    assert found is not None and found.granularity == PerGroup(14)
+    assert found is not None
+    assert found.granularity == PerGroup(14)
 
 
 @pytest.mark.usefixtures("_elements")
@@ -91,7 +94,8 @@ def test_negative_zero_counts_as_zero() -> None:
 
 def test_zeros_have_scale_zero() -> None:
     found = recognise(np.zeros((3, 5), np.float32), [PerChannel(), PerTensor()])
-    assert found is not None and found.granularity == PerTensor()
+    assert found is not None
+    assert found.granularity == PerTensor()
     np.testing.assert_array_equal(found.scale, np.zeros((1, 1, 1)))
 
 
@@ -99,7 +103,8 @@ def test_zeros_have_scale_zero() -> None:
 def test_other_dtypes_with_float32_values(dtype: str) -> None:
     w = np.array([[3, -3, 0], [0, 0, 7]], dtype=dtype)
     found = recognise(w, [PerTensor(), PerChannel()])
-    assert found is not None and found.granularity == PerChannel()
+    assert found is not None
+    assert found.granularity == PerChannel()
     np.testing.assert_array_equal(found.dequantize(), w)
 
 

@@ -68,7 +68,8 @@ def test_hand_examples(
     # Two groups, the second ten times the first, upside down: groups do not see one another.
     groups = np.array([weights, [-10 * w for w in weights]], dtype=np.float32)
     got_trits, got_scale = METHODS[method](groups, **options)
-    assert got_trits.dtype == np.int8 and got_scale.dtype == np.float32
+    assert got_trits.dtype == np.int8
+    assert got_scale.dtype == np.float32
     np.testing.assert_array_equal(got_trits, [trits, [-t for t in trits]])
     np.testing.assert_allclose(got_scale, [scale, 10 * scale], rtol=1e-7)
 
@@ -92,13 +93,15 @@ def test_trits_are_a_threshold_and_the_scale_is_their_mean(
     method: str, options: dict[str, float], groups: np.ndarray
 ) -> None:
     trits, scale = METHODS[method](groups, **options)
-    assert trits.shape == groups.shape and scale.shape == (len(groups),)
+    assert trits.shape == groups.shape
+    assert scale.shape == (len(groups),)
     magnitude = np.abs(groups)
     for row in range(len(groups)):
         kept = trits[row] != 0
         np.testing.assert_array_equal(trits[row][kept], np.sign(groups[row][kept]))
         if not groups[row].any():
-            assert not kept.any() and scale[row] == 0
+            assert not kept.any()
+            assert scale[row] == 0
             continue
         assert kept[np.argmax(magnitude[row])], "the largest weight is always kept"
         if not kept.all():

@@ -47,7 +47,9 @@ def test_one_plane_is_the_method_on_each_group_alone(
     w = normal(*shape, seed)
     scheme = Scheme.parse(f"t1a8{suffix}")
     got = quantize(w, scheme, method)
-    assert got.shape == shape and got.granularity == scheme.granularity and got.num_planes == 1
+    assert got.shape == shape
+    assert got.granularity == scheme.granularity
+    assert got.num_planes == 1
     if quantization_error(w, got) == 0:
         return  # ternary as it was, or empty
     trits = got.trits()[0]
@@ -124,7 +126,8 @@ def test_ternary_matrices_come_through_with_one_plane(
     w = rng.integers(-1, 2, shape).astype(np.float32) * made.spread(scale, shape[1])
     got = quantize(w, Scheme(planes, 8, PerGroup(7)), method)
     assert got.num_planes == 1
-    assert got.granularity == PerGroup(7) and got.scale.shape[1:] == PerGroup(7).scale_shape(*shape)
+    assert got.granularity == PerGroup(7)
+    assert got.scale.shape[1:] == PerGroup(7).scale_shape(*shape)
     np.testing.assert_array_equal(got.dequantize(), w)
 
 

@@ -25,7 +25,8 @@ def test_the_fit_is_the_least_squares_solution(planes: int, rows: int, length: i
     trits = rng.integers(-1, 2, (planes, rows, length), dtype=np.int8)
     start = rng.standard_normal((planes, rows), dtype=np.float32)
     got = refit_scales(groups, trits, start)
-    assert got.dtype == np.float32 and got.shape == start.shape
+    assert got.dtype == np.float32
+    assert got.shape == start.shape
     best = np.empty((planes, rows))
     for row in range(rows):
         best[:, row] = np.linalg.lstsq(trits[:, row].T.astype(np.float64), groups[row].astype(np.float64), rcond=None)[

@@ -134,7 +134,7 @@ def test_each_key_is_needed_and_has_its_kind(path: tuple[str | int, ...]) -> Non
 
 @pytest.mark.parametrize("most", [0, -1, 2.5, "3", True, None])
 def test_a_bound_is_a_number_of_at_least_one(most: object) -> None:
-    with pytest.raises(ArtifactError, match="manifest.bounds.length is .* expected a number of at least 1"):
+    with pytest.raises(ArtifactError, match=r"manifest\.bounds\.length is .* expected a number of at least 1"):
         Manifest.from_json(json.dumps({**PLAIN.to_dict(), "bounds": {"length": most}}))
 
 

@@ -170,9 +170,9 @@ class SizesInfo:
 class Manifest:
     """Everything an artifact says about itself; see the parts for their fields.
 
-    ``bounds`` holds the largest value of a named dimension where the model sets one, by its table of positions for example;
-    every named dimension is at least 1. ``versions`` maps a package (``tvm-ternary``, ``apache-tvm``, ``apache-tvm-ffi``)
-    to its version.
+    ``bounds`` holds the largest value of a named dimension where the model sets one, by its table of positions for
+    example; every named dimension is at least 1. ``versions`` maps a package (``tvm-ternary``, ``apache-tvm``,
+    ``apache-tvm-ffi``) to its version.
     """
 
     model: ModelInfo

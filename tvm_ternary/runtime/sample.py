@@ -32,7 +32,8 @@ def random_inputs(
         Usually ``module.inputs``.
     dims : mapping of str to int, optional
         Numbers for named dimensions. One that is not given is 1 if it leads the shape of some input (a batch) and 32
-        otherwise (a length or size; 32 because image models halve theirs up to five times), or its bound if that is less.
+        otherwise (a length or size; 32 because image models halve theirs up to five times), or its bound if that is
+        less.
     seed : int
         The same seed gives the same inputs.
     bounds : mapping of str to int, optional
