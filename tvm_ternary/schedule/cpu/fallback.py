@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tvm_ffi
 from tvm.ir import Expr
-from tvm.tirx import PrimFunc, Stmt, Var
+from tvm.tirx import Bind, PrimFunc, Stmt, Var
 
 from .nest import loop, product, sequence, space, substitute
 from .program import Program, Stage, cost
@@ -31,7 +32,7 @@ def schedule_loops(program: Program, _simd: Simd) -> PrimFunc | None:
 def _loops(stage: Stage) -> Stmt:
     def fold(at: dict[Var, Expr], position: int) -> Stmt:
         if position == len(stage.reduced):
-            return substitute(stage.body, at)
+            return substitute(stage.body, {**at, **_fresh_names(stage.body)})
         axis = stage.reduced[position]
         return loop(axis.extent, lambda k: fold({**at, axis.var: k}, position + 1), name="k")
 
@@ -42,3 +43,10 @@ def _loops(stage: Stage) -> Stmt:
 
     work = product([axis.extent for axis in stage.reduced]) * cost(stage.body)
     return space([axis.extent for axis in stage.spatial], work, point)
+
+
+def _fresh_names(body: Stmt) -> dict[Var, Var]:
+    """New variables for those that a statement binds: a guarded nest holds it twice, and each copy defines its own."""
+    bound: list[Bind] = []
+    tvm_ffi.structural_walk(body, (Bind, bound.append))
+    return {bind.var: Var(bind.var.name, bind.var.ty) for bind in bound}
