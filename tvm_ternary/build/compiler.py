@@ -131,6 +131,7 @@ def compile(
         quantized, errors = _quantize(imported.params, plan, method, step)
     with stages.stage("lower"):
         size = sum(layer.packed_bytes for layer in quantized.values())
+        size += sum(array.nbytes for name, array in imported.params.items() if name not in quantized)
         beside = weights_lie_beside(size, weights)
         lowered = lower(imported, quantized, resolved, bind_weights=not beside, dump=dump)
     with stages.stage("build"):

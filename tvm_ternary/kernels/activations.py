@@ -44,8 +44,8 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
         x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
 
         def row(i: Expr) -> None:
-            lanes = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
-            sums = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+            lanes = T.sblock_alloc_buffer((LANES,), "float32")
+            sums = T.sblock_alloc_buffer((LANES,), "int32")
 
             def group(g: Expr, size: int) -> None:
                 start = g * shape.group_size
@@ -86,9 +86,9 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
         x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
 
         def row(i: Expr) -> None:
-            sums = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
-            counts = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
-            limit = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            sums = T.sblock_alloc_buffer((LANES,), "float32")
+            counts = T.sblock_alloc_buffer((LANES,), "float32")
+            limit = T.sblock_alloc_buffer((1,), "float32")
             _fold(shape.k, sums, 0.0, lambda k: T.abs(x[i, k]), lambda a, b: a + b)
             _across(sums, lambda a, b: a + b)
             T.buffer_store(limit, sums[0] / T.float32(2 * max(shape.k, 1)), [0])

@@ -209,9 +209,8 @@ class _Body:
         acc = T.sblock_alloc_buffer(
             (self.row_tiles, tile.rows, self.block_count, shape.planes, shape.groups, LANES),
             self.kernel.accumulator,
-            scope="local",
         )
-        total = T.sblock_alloc_buffer((self.row_tiles, tile.rows, self.block_count, LANES), "float32", scope="local")
+        total = T.sblock_alloc_buffer((self.row_tiles, tile.rows, self.block_count, LANES), "float32")
         self._dot_products(acc)
         self._sum_of_groups(acc, total)
         self._epilogue(total)

@@ -217,7 +217,7 @@ def _function(kernel: MatmulKernel, emit: _Emit) -> tirx.PrimFunc:
         B.func_name(kernel.name)
         weight = B.arg("w", B.buffer(weight_shape, kernel.weight.dtype, offset_factor=1))
         x = B.arg("x", B.buffer(x_shape, kernel.activations[0].dtype, offset_factor=1))
-        acc = B.arg("acc", B.buffer((LANES,), kernel.accumulator, offset_factor=1, scope="local"))
+        acc = B.arg("acc", B.buffer((LANES,), kernel.accumulator, offset_factor=1))
         whole = [slice(0, extent) for extent in weight_shape]
         with B.sblock("root"):
             B.reads(acc[0:LANES], weight[tuple(whole)], x[0 : x_shape[0]])
