@@ -20,7 +20,9 @@ from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import Target, host_features, resolve, target_names
 
-TARGETS = tuple(name for name in target_names() if name != "native")
+TARGETS = tuple(
+    name for name in target_names() if name != "native" and resolve(name).architecture == platform.machine()
+)
 NATIVE = resolve("native")
 UNIT = 2.0**-24
 """Unit roundoff of float32: the largest relative error of one rounding."""

@@ -167,3 +167,14 @@ def test_missing_cpu_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("tvm_ternary.ops.host_features", lambda: target.features - {lacking})
     with pytest.raises(HostError, match=f"this CPU lacks {lacking};"):
         linear(quantize(random(N, K), "t1a32"), target=target.tvm)
+
+
+@pytest.mark.parametrize("bits", sorted(KERNELS))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden_by_rounding(bits: int, bad: float) -> None:
+    weight = quantize(np.random.default_rng(0).standard_normal((40, 200), np.float32), "t1a8g64")
+    x = np.ones((3, 200), np.float32)
+    x[1, 77] = bad
+    y = linear(weight, activation_bits=bits)(x)
+    assert not np.isfinite(y[1]).any()
+    assert np.isfinite(y[[0, 2]]).all()

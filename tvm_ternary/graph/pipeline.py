@@ -17,9 +17,9 @@ from tvm import relax
 
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import atomic_path
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu import schedule_module
 from tvm_ternary.target import Target
 
@@ -71,7 +71,7 @@ def lower(
     module, schedules = schedule_module(module, tvm.target.Target(target.tvm))
     dump("schedule", module)
     names = {var.name_hint for var, func in module.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
-    ours = {name: f"rule:{ternary.sources.get(name, 'rows')}" for name in ternary.kernels}
+    ours = {name: f"rule:{ternary.sources.get(name, 'activations')}" for name in ternary.kernels}
     return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(names)})
 
 

@@ -35,7 +35,7 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
 
     A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a
     group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of
-    a value is at most x_scale / 2.
+    a value is at most x_scale / 2. A NaN or an infinity makes x_scale NaN or infinite: no result of its group is finite.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
@@ -44,20 +44,24 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
         x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
 
         def row(i: Expr) -> None:
-            lanes = T.sblock_alloc_buffer((LANES,), "float32")
+            peaks = T.sblock_alloc_buffer((LANES,), "int32")
+            inverse = T.sblock_alloc_buffer((1,), "float32")
             sums = T.sblock_alloc_buffer((LANES,), "int32")
 
             def group(g: Expr, size: int) -> None:
                 start = g * shape.group_size
-                _fold(size, lanes, 0.0, lambda k: T.abs(x[i, start + k]), T.max)
-                _across(lanes, T.max)
-                absmax = T.max(lanes[0], T.float32(SMALLEST_ABSMAX))
+                # The bits of floats without a sign order like integers, and NaN is above infinity: a maximum of floats
+                # would lose it.
+                smallest = T.reinterpret("int32", T.float32(SMALLEST_ABSMAX))
+                _fold(size, peaks, smallest, lambda k: T.reinterpret("int32", T.abs(x[i, start + k])), T.max)
+                _across(peaks, T.max)
+                absmax = T.reinterpret("float32", peaks[0])
                 T.buffer_store(x_scale, absmax / T.float32(127), [i, g])
-                T.buffer_store(lanes, T.float32(127) / absmax, [0])
+                T.buffer_store(inverse, T.float32(127) / absmax, [0])
                 _fill(sums, T.int32(0))
 
                 def value(k: Expr, at: Expr, lane: Expr, width: int) -> None:
-                    scaled = x[i, start + k] * _splat(lanes[0], width)
+                    scaled = x[i, start + k] * _splat(inverse[0], width)
                     q = T.Cast(_lanes("int32", width), _round(scaled, width))
                     T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
                     T.buffer_store(sums, sums[lane] + q, [lane])
@@ -77,7 +81,7 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
 
     A value is zero where |x| <= mean|x| / 2, the threshold of BitNet b1.58's absmean rounding (Ma et al. 2024, eq.
     1-3); x_scale is the mean |x| of the others, which minimises the squared error for these trits (Li et al. 2016, eq.
-    5).
+    5). Where the sum of |x| is not finite, x_scale is NaN.
     """
     words = shape.groups * shape.group_blocks(_BITS)
     with _function("quantize_rows_ternary") as built:
@@ -89,19 +93,21 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
             sums = T.sblock_alloc_buffer((LANES,), "float32")
             counts = T.sblock_alloc_buffer((LANES,), "float32")
             limit = T.sblock_alloc_buffer((1,), "float32")
-            _fold(shape.k, sums, 0.0, lambda k: T.abs(x[i, k]), lambda a, b: a + b)
+            zero = T.float32(0)
+            _fold(shape.k, sums, zero, lambda k: T.abs(x[i, k]), lambda a, b: a + b)
             _across(sums, lambda a, b: a + b)
             T.buffer_store(limit, sums[0] / T.float32(2 * max(shape.k, 1)), [0])
 
             def kept(k: Expr, otherwise: Expr, value: Expr) -> Expr:
                 return T.Select(T.abs(x[i, k]) > limit[0], value, otherwise)
 
-            zero = T.float32(0)
-            _fold(shape.k, sums, 0.0, lambda k: kept(k, zero, T.abs(x[i, k])), lambda a, b: a + b)
+            _fold(shape.k, sums, zero, lambda k: kept(k, zero, T.abs(x[i, k])), lambda a, b: a + b)
             _across(sums, lambda a, b: a + b)
-            _fold(shape.k, counts, 0.0, lambda k: kept(k, zero, T.float32(1)), lambda a, b: a + b)
+            _fold(shape.k, counts, zero, lambda k: kept(k, zero, T.float32(1)), lambda a, b: a + b)
             _across(counts, lambda a, b: a + b)
-            T.buffer_store(x_scale, sums[0] / T.max(counts[0], T.float32(1)), [i])
+            scale = sums[0] / T.max(counts[0], T.float32(1))
+            # Against a limit that is NaN or infinite nothing was kept, and zeros would hide it.
+            T.buffer_store(x_scale, T.Select(limit[0] <= T.max_value("float32"), scale, T.float32(float("nan"))), [i])
             _for_groups(shape, lambda g, size: _pack_words(shape, g, size, x, x_bits, i, limit[0]))
 
         _for_rows(m, row)
@@ -192,10 +198,10 @@ def _blocks(
 
 
 def _fold(
-    k: int, lanes: Expr, start: float, value: Callable[[Expr], Expr], combine: Callable[[Expr, Expr], Expr]
+    k: int, lanes: Expr, start: Expr, value: Callable[[Expr], Expr], combine: Callable[[Expr, Expr], Expr]
 ) -> None:
     """Fold ``value(k)`` over a row into sixteen lanes."""
-    _fill(lanes, T.float32(start))
+    _fill(lanes, start)
     whole = k // LANES
     if whole:
         with T.serial(0, whole) as b, T.vectorized(0, LANES) as lane:

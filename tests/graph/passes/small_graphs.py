@@ -13,8 +13,8 @@ from tvm import relax
 from tests.ternary_matmul import NATIVE
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.formats import Scheme
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
 from tvm_ternary.quantize import quantize
 from tvm_ternary.schedule.cpu import schedule_module
 

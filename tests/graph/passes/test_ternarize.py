@@ -13,8 +13,8 @@ from tvm.relax import op
 
 from tests.graph.passes.small_graphs import compiled, make_module, make_ternary, operands, operators, random
 from tvm_ternary.formats import pack_bits, pack_codes, pack_scale
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
 from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.ops import linear
 from tvm_ternary.quantize import quantize
@@ -77,6 +77,12 @@ def test_one_compiled_module_takes_any_number_of_rows(scheme: str) -> None:
         x = random(*shape, seed=2)
         (y,) = main(x)
         np.testing.assert_array_equal(y, expected(x, W, scheme))
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((3, K), "3"), ((2, 5, K), "10"), (("m", K), "M"), ((2, "m", K), "M")])
+def test_the_kernel_knows_the_number_of_rows_where_the_graph_does(shape: tuple[int | str, ...], rows: str) -> None:
+    module = make_ternary(one_matmul(shape), {"w": W}, {"w": "t1a32g16"}).module
+    assert str(module["ternary_matmul_a32"].params[0].shape[0]) == rows
 
 
 def test_float_rows_are_read_as_they_are_where_nothing_is_padded() -> None:

@@ -11,7 +11,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, tirx
 
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu import schedule_module
 from tvm_ternary.target import host_features, resolve
 

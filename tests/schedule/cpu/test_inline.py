@@ -10,7 +10,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from tests.schedule.cpu.graphs import Build, make_graph, tensor
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu.inline import read_program
 from tvm_ternary.schedule.cpu.nest import static
 from tvm_ternary.schedule.cpu.pieces import find_cuts, settle

@@ -11,7 +11,7 @@ from tvm import relax, tirx
 from tvm.script import tirx as T
 
 from tests.schedule.cpu.graphs import TIERS, compile_module, make_graph, normal, tensor
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu import schedule_function, schedule_module
 from tvm_ternary.schedule.cpu.simd import Simd, simd_of
 from tvm_ternary.target import resolve

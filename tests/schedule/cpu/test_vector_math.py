@@ -12,7 +12,7 @@ from scipy import special
 from tvm import relax
 
 from tests.schedule.cpu.graphs import Array, compile_graph, make_graph, tensor
-from tvm_ternary.graph.pipeline_fuse import lower_graph_ops
+from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu import schedule_module
 from tvm_ternary.target import resolve
 

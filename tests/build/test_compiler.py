@@ -1,0 +1,320 @@
+"""The main job: what a compiled model computes, says about itself, and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import tvm_ternary
+from tests.models import FLOAT, GraphBuilder, gpt2, mlp
+from tests.reference import relative_error, run_onnxruntime
+from tests.ternary_matmul import TARGETS, runnable
+from tvm_ternary.build import weights as places
+from tvm_ternary.build.compiler import DEFAULT_SCHEME, Artifact, compile
+from tvm_ternary.errors import ModelError, OptionError, OutputError, TernaryError
+from tvm_ternary.runtime.artifact import read_artifact
+from tvm_ternary.runtime.module import load
+from tvm_ternary.target import resolve
+
+FEATURES = (64, 96, 32)
+STAGES = ["import", "quantize", "lower", "build", "link"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two matrices, (96, 64) and (32, 96)."""
+    path = tmp_path_factory.mktemp("model") / "mlp.onnx"
+    onnx.save(mlp(FEATURES), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The same, compiled with its first matrix ternary."""
+    folder = tmp_path_factory.mktemp("artifact")
+    return compile(model, folder / "mlp.so", scheme="t2a8g32", layers=r"layers\.0")
+
+
+def rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """An input of the model."""
+    return {"x": np.random.default_rng(seed).standard_normal((count, FEATURES[0])).astype(np.float32)}
+
+
+def save_with(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """The model with another first matrix."""
+    proto = mlp(FEATURES)
+    tensor = proto.graph.initializer[0]
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), tensor.name))
+    onnx.save(proto, path)
+    return proto
+
+
+class TestManifest:
+    """What an artifact says."""
+
+    def test_model_inputs_and_outputs(self, model: Path, artifact: Artifact) -> None:
+        manifest = artifact.manifest
+        assert manifest == read_artifact(artifact.path).manifest
+        assert manifest.model.name == "mlp"
+        assert manifest.model.file == "mlp.onnx"
+        assert manifest.model.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+        assert [str(spec) for spec in manifest.inputs] == ["x: float32[batch, 64]"]
+        assert [str(spec) for spec in manifest.outputs] == ["y: float32[batch, 32]"]
+        assert str(model.parent) not in manifest.to_json()
+
+    def test_layers(self, artifact: Artifact) -> None:
+        ternary, dense = artifact.manifest.layers
+        assert artifact.manifest.scheme == "t2a8g32"
+        assert (ternary.name, ternary.shape, ternary.became) == ("layers.0.weight", (96, 64), "ternary")
+        assert (ternary.scheme, ternary.kernel, ternary.layout) == ("t2a8g32", "matmul_a8", "codes")
+        # Two planes of two bits, and two scales of 32 bits for 32 weights.
+        assert ternary.bits_per_weight == 2 * 2 + 2 * 32 / 32
+        assert ternary.schedule == f"rule:{resolve('native').tier}/matmul_a8.toml"
+        assert ternary.error is not None
+        assert 0.05 < ternary.error < 0.4
+        assert ternary.reason is None
+        assert (dense.name, dense.shape, dense.became) == ("layers.1.weight", (32, 96), "float32")
+        assert (dense.scheme, dense.kernel, dense.layout, dense.error) == (None, None, None, None)
+        assert dense.bits_per_weight == 32
+        assert dense.reason == "not chosen by layers"
+
+    def test_functions_target_and_versions(self, artifact: Artifact) -> None:
+        manifest = artifact.manifest
+        ours = {function.kernel for function in manifest.functions} - {None}
+        assert ours == {"rows_a8", "matmul_a8"}
+        assert all(":" in function.schedule for function in manifest.functions)
+        native = resolve("native")
+        assert manifest.target.name == native.name
+        assert manifest.target.tvm == native.tvm
+        assert manifest.target.features == tuple(sorted(native.features))
+        assert manifest.versions == {name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")}
+
+    def test_sizes(self, artifact: Artifact) -> None:
+        biases = 4 * (96 + 32)
+        before = 4 * (96 * 64 + 32 * 96) + biases
+        after = (2 * 2 + 2) * 96 * 64 // 8 + 4 * 32 * 96
+        assert artifact.manifest.sizes.weights_before == before
+        assert artifact.manifest.sizes.weights_after == after + biases
+        assert artifact.manifest.weights.bytes == after
+        assert artifact.manifest.weights.file is None
+
+    def test_tables_that_are_read_by_rows_are_listed_and_bounds_too(self, tmp_path: Path) -> None:
+        path = tmp_path / "gpt2.onnx"
+        onnx.save(gpt2(layers=1), path)
+        manifest = compile(path, tmp_path / "gpt2.so", scheme="t1a32").manifest
+        layers = {layer.name: layer for layer in manifest.layers}
+        assert layers["transformer.wpe.weight"].reason == "a float table, read by rows"
+        assert layers["transformer.wpe.weight"].became == "float32"
+        assert manifest.bounds == {"length": 24}
+
+    def test_progress_counts_every_stage_and_every_matrix(self, model: Path, tmp_path: Path) -> None:
+        seen: list[tuple[str, int, int]] = []
+        artifact = compile(model, tmp_path / "out.so", progress=lambda *step: seen.append(step))
+        steps = {stage: 2 if stage == "quantize" else 1 for stage in STAGES}
+        assert seen == [(stage, done, count) for stage, count in steps.items() for done in range(count + 1)]
+        assert list(artifact.seconds) == STAGES
+        assert all(seconds > 0 for seconds in artifact.seconds.values())
+        assert artifact.path == tmp_path / "out.so"
+        assert artifact.manifest.scheme == DEFAULT_SCHEME
+
+
+class TestWeights:
+    """Where weights lie, and matrices that are special."""
+
+    @pytest.mark.parametrize("scheme", ["t2a32", "t3a8g32", "t1a1"])
+    def test_beside_gives_what_inside_gives(self, model: Path, tmp_path: Path, scheme: str) -> None:
+        layers = f"layers.0={scheme}"
+        inside = compile(model, tmp_path / "inside.so", layers=layers, weights="inside")
+        beside = compile(model, tmp_path / "beside.so", layers=layers, weights="beside")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["beside.safetensors", "beside.so", "inside.so"]
+        assert beside.manifest.weights.file == "beside.safetensors"
+        layout = "bits" if scheme.endswith("a1") else "codes"
+        names = ("layers.1.weight", f"layers.0.weight.{layout}", "layers.0.weight.scale")
+        assert beside.manifest.weights.names == names
+        assert inside.manifest.weights.file is None
+        results = [load(artifact.path).run(None, rows(5))[0] for artifact in (inside, beside)]
+        np.testing.assert_array_equal(*results)
+
+    @pytest.mark.parametrize("layers", ["all", []], ids=["ternary", "float"])
+    def test_large_weights_go_beside_by_themselves(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str | list[str]
+    ) -> None:
+        size = compile(model, tmp_path / "first.so", layers=layers).manifest.weights.bytes
+        for limit, file in ((size, None), (size - 1, "out.safetensors")):
+            monkeypatch.setattr(places, "BESIDE_BYTES", limit)
+            assert compile(model, tmp_path / "out.so", layers=layers).manifest.weights.file == file
+
+    def test_a_matrix_that_is_ternary_already_comes_through_unchanged(self, tmp_path: Path) -> None:
+        """It has one plane whatever was asked for, and its scales come back to the bit."""
+
+        def ternary(weight: np.ndarray) -> np.ndarray:
+            rng = np.random.default_rng(0)
+            scale = (rng.random((len(weight), 1)) + 0.5).astype(np.float32)
+            return scale * rng.integers(-1, 2, weight.shape).astype(np.float32)
+
+        proto = save_with(tmp_path / "model.onnx", ternary)
+        artifact = compile(tmp_path / "model.onnx", tmp_path / "out.so", scheme="t3a32", layers="layers.0")
+        (layer, _) = artifact.manifest.layers
+        assert layer.scheme == "t1a32"
+        assert layer.error == 0
+        feeds = rows(7)
+        (got,), (want,) = load(artifact.path).run(None, feeds), run_onnxruntime(proto, feeds)
+        assert relative_error(got, want) <= 1e-6
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_a_value_that_is_no_number_is_named_with_its_matrix(self, tmp_path: Path, value: float) -> None:
+        def spoil(weight: np.ndarray) -> np.ndarray:
+            weight[3, 5] = value
+            return weight
+
+        save_with(tmp_path / "model.onnx", spoil)
+        with pytest.raises(ModelError) as caught:
+            compile(tmp_path / "model.onnx", tmp_path / "out.so")
+        assert str(caught.value).startswith(f"layers.0.weight: value {value} at [3, 5], expected finite")
+        assert not (tmp_path / "out.so").exists()
+
+    def test_a_matrix_of_zeros_gives_its_bias(self, tmp_path: Path) -> None:
+        proto = save_with(tmp_path / "model.onnx", np.zeros_like)
+        artifact = compile(tmp_path / "model.onnx", tmp_path / "out.so", scheme="t2a8", layers="layers.0")
+        (got,), (want,) = load(artifact.path).run(None, rows(3)), run_onnxruntime(proto, rows(3))
+        assert relative_error(got, want) <= 1e-6
+
+
+class TestOptions:
+    """What can be asked for."""
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_every_target_that_runs_here_gives_the_same(self, model: Path, tmp_path: Path, target: str) -> None:
+        name = runnable(target).name
+        artifact = compile(model, tmp_path / "out.so", target=name, scheme="t2a32g16")
+        native = compile(model, tmp_path / "native.so", scheme="t2a32g16")
+        assert artifact.manifest.target.name == name
+        (got,), (want,) = (load(built.path).run(None, rows(6)) for built in (artifact, native))
+        assert relative_error(got, want) <= 1e-6
+
+    def test_fixed_dimensions_are_numbers(self, model: Path, tmp_path: Path) -> None:
+        artifact = compile(model, tmp_path / "out.so", dims={"batch": 3}, scheme="t1a8")
+        assert artifact.manifest.inputs[0].shape == (3, 64)
+        assert load(artifact.path).run(None, rows(3))[0].shape == (3, 32)
+
+    def test_schemes_for_some_layers_and_methods(self, model: Path, tmp_path: Path) -> None:
+        own = {"layers.0": "t1a1", "layers.1": "t3a32g16"}
+        layers = compile(model, tmp_path / "out.so", layers=own, method="absmean").manifest.layers
+        assert [layer.scheme for layer in layers] == ["t1a1", "t3a32g16"]
+        other = compile(model, tmp_path / "other.so", layers=own, method="twn").manifest.layers
+        assert layers[0].error != other[0].error
+
+    def test_no_layer_at_all_is_the_float_model(self, model: Path, tmp_path: Path) -> None:
+        artifact = compile(model, tmp_path / "out.so", layers=[])
+        assert {layer.became for layer in artifact.manifest.layers} == {"float32"}
+        (got,) = load(artifact.path).run(None, rows(4))
+        assert relative_error(got, run_onnxruntime(onnx.load(model), rows(4))[0]) <= 1e-6
+
+    def test_every_phase_can_be_dumped(self, model: Path, tmp_path: Path) -> None:
+        compile(model, tmp_path / "out.so", dump_ir=tmp_path / "ir")
+        names = [path.name for path in sorted((tmp_path / "ir").iterdir())]
+        phases = ("import", "ternarize", "bind", "fuse", "schedule")
+        assert names == [f"{number:02d}-{phase}.py" for number, phase in enumerate(phases, 1)]
+        assert "R.matmul" in (tmp_path / "ir" / "01-import.py").read_text()
+        assert "R.matmul" not in (tmp_path / "ir" / "02-ternarize.py").read_text()
+        assert "ternary_matmul_a8" in (tmp_path / "ir" / "05-schedule.py").read_text()
+
+    def test_it_is_the_public_function(self) -> None:
+        assert tvm_ternary.compile is compile
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"target": "z80"}, "target z80: no such target"),
+            ({"target": "cuda-sm_90"}, "target cuda-sm_90: not yet in this version"),
+            ({"target": {"kind": "cuda"}}, "target: kind is 'cuda'; expected 'llvm'"),
+            ({"scheme": "t9a8"}, "scheme 't9a8': unknown"),
+            ({"layers": "conv"}, "layers 'conv': matches no matrix of the model; matrices are: layers.0.weight, "),
+            ({"layers": "("}, "layers '(': is no regular expression"),
+            ({"layers": {"all": "int4"}}, "scheme 'int4': unknown"),
+            ({"method": "gptq"}, "method 'gptq': unknown, expected one of "),
+            ({"weights": "outside"}, "weights 'outside': no such place; expected one of auto, inside, beside"),
+            ({"dims": {"length": 4}}, "dimension length: the model has no such symbolic dimension; it has batch"),
+            ({"constants": {"sr": 16000}}, "constant sr: the model has no such input; it has x"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_what_does_not_exist_is_named(
+        self, model: Path, tmp_path: Path, options: dict[str, Any], text: str
+    ) -> None:
+        (tmp_path / "out.so").write_text("as it was")
+        with pytest.raises(OptionError) as caught:
+            compile(model, tmp_path / "out.so", **options)
+        assert str(caught.value).startswith(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.so"]
+        assert (tmp_path / "out.so").read_text() == "as it was"
+
+    def test_the_model_is_never_overwritten(self, model: Path) -> None:
+        before = model.read_bytes()
+        with pytest.raises(OutputError, match="is the model itself"):
+            compile(model, model)
+        assert model.read_bytes() == before
+
+    def test_a_failure_leaves_the_old_artifact(self, tmp_path: Path) -> None:
+        g = GraphBuilder("nothing to multiply")
+        g.node("StringNormalizer", g.input("x", onnx.TensorProto.STRING, ["n"]), output="y")
+        g.output("y", onnx.TensorProto.STRING, ["n"])
+        (tmp_path / "out.so").write_text("as it was")
+        onnx.save(g.model(), tmp_path / "model.onnx")
+        with pytest.raises(TernaryError):
+            compile(tmp_path / "model.onnx", tmp_path / "out.so")
+        assert (tmp_path / "out.so").read_text() == "as it was"
+
+    def test_a_model_without_a_matrix_compiles(self, tmp_path: Path) -> None:
+        g = GraphBuilder("plain")
+        g.node("Relu", g.input("x", FLOAT, ["n"]), output="y")
+        g.output("y", FLOAT, ["n"])
+        onnx.save(g.model(), tmp_path / "plain.onnx")
+        artifact = compile(tmp_path / "plain.onnx", tmp_path / "out.so")
+        assert artifact.manifest.layers == ()
+        (y,) = load(artifact.path).run(None, {"x": np.array([-1, 2], np.float32)})
+        np.testing.assert_array_equal(y, [0, 2])
+
+
+PROGRAM = """
+import sys, tvm_ternary
+model, output, scheme, weights = sys.argv[1:]
+tvm_ternary.compile(model, output, scheme=scheme, weights=weights)
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "weights", "files"),
+    [(lambda: gpt2(layers=1), "t2a8g16", "inside", 2), (lambda: mlp(FEATURES), "t1a32", "beside", 3)],
+    ids=["inside", "beside"],
+)
+def test_two_processes_in_two_folders_give_the_same_bytes(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], scheme: str, weights: str, files: int
+) -> None:
+    """Named by other paths, and with other hashes of strings. The first graph computes shapes when it runs."""
+    written = []
+    for number, folder in enumerate((tmp_path / "first", tmp_path / "second" / "below")):
+        folder.mkdir(parents=True)
+        onnx.save(make(), folder / "model.onnx")
+        paths = ["model.onnx", "out.so"] if number else [str(folder / "model.onnx"), str(folder / "out.so")]
+        environment = {**os.environ, "PYTHONHASHSEED": str(number)}
+        environment["PYTHONPATH"] = str(Path(tvm_ternary.__file__).parents[1])
+        command = [sys.executable, "-c", PROGRAM, *paths, scheme, weights]
+        subprocess.run(command, cwd=folder if number else tmp_path, env=environment, check=True, timeout=120)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    first, second = written
+    assert first.keys() == second.keys()
+    assert len(first) == files
+    for name, content in first.items():
+        assert content == second[name], f"{name} differs"
