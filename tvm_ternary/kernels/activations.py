@@ -35,7 +35,7 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
 
     A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a
     group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of
-    a value is at most x_scale / 2. A NaN or an infinity makes x_scale NaN or infinite: no result of its group is finite.
+    a value is at most x_scale / 2. NaN or infinity makes x_scale not finite, and so all of its group's results.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
