@@ -44,6 +44,9 @@ def test_nothing_to_bind(model: onnx.ModelProto) -> None:
         ({"rate": [1, 2]}, "rate: got a constant of shape [2], expected [1]"),
         ({"a": np.ones((2, 3))}, "a: got a constant of shape [2, 3], expected ['n', 4]"),
         ({"rate": "fast"}, "rate: got a constant 'fast', expected int64"),
+        ({"rate": 1.5}, "rate: got a constant 1.5, expected int64"),
+        ({"rate": np.float32(np.nan)}, "rate: got a constant np.float32(nan), expected int64"),
+        ({"rate": np.array(2.0**70)}, "rate: got a constant 1.1805916207174113e+21, expected int64"),
         ({"a": np.ones((2, 4)), "b": [1]}, "b: its constant has 1 for dimension n, another has 2"),
     ],
 )

@@ -62,8 +62,12 @@ def _array(info: onnx.ValueInfoProto, value: Any) -> np.ndarray:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     try:
         array = np.asarray(value, dtype=dtype)
-    except (ValueError, TypeError):
-        raise InputError(info.name, f"got a constant {value!r}, expected {dtype}") from None
+        kept = dtype.kind not in "iub" or np.array_equal(array, np.asarray(value))
+    except (ValueError, TypeError, OverflowError):
+        kept = False
+    if not kept:
+        shown = value.tolist() if isinstance(value, np.ndarray) else value
+        raise InputError(info.name, f"got a constant {shown!r}, expected {dtype}")
     if not tensor.HasField("shape"):
         return array
     expected = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
