@@ -61,7 +61,8 @@ def _array(info: onnx.ValueInfoProto, value: Any) -> np.ndarray:
     tensor = info.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     try:
-        array = np.asarray(value, dtype=dtype)
+        with np.errstate(invalid="ignore"):  # what does not fit is told below
+            array = np.asarray(value, dtype=dtype)
         kept = dtype.kind not in "iub" or np.array_equal(array, np.asarray(value))
     except (ValueError, TypeError, OverflowError):
         kept = False
