@@ -132,6 +132,7 @@ def compile(
     with stages.stage("lower"):
         size = sum(layer.packed_bytes for layer in quantized.values())
         size += sum(array.nbytes for name, array in imported.params.items() if name not in quantized)
+        size += sum(_bytes(table) for table in imported.tables.values())
         beside = weights_lie_beside(size, weights)
         lowered = lower(imported, quantized, resolved, bind_weights=not beside, dump=dump)
     with stages.stage("build"):
@@ -172,8 +173,8 @@ def _manifest(
     scheme: str,
 ) -> Manifest:
     params, kernels = lowered.ternary.params, lowered.ternary.kernels
-    constants = _constant_bytes(imported.module)
-    before = sum(array.nbytes for array in imported.params.values()) + constants
+    before = sum(array.nbytes for array in imported.params.values()) + _constant_bytes(imported.module)
+    after = sum(array.nbytes for array in params.values()) + _constant_bytes(lowered.ternary.module)
     rest = "a float table, read by rows"
     tables = {name: (shape, rest) for name, shape in imported.embeddings.items()} | imported.others
     return Manifest(
@@ -193,7 +194,7 @@ def _manifest(
         target=TargetInfo(target.name, dict(target.tvm), tuple(sorted(target.features))),
         versions={name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
         weights=describe_weights(params),
-        sizes=SizesInfo(before, sum(array.nbytes for array in params.values()) + constants),
+        sizes=SizesInfo(before, after),
     )
 
 
@@ -229,11 +230,15 @@ def _constant_bytes(module: tvm.IRModule) -> int:
 
     def visit(expr: relax.Expr) -> None:
         if isinstance(expr, tvm.ir.GenericConst):
-            array = expr.value
-            sizes[expr] = int(np.prod(array.shape, dtype=np.int64)) * np.dtype(str(array.dtype)).itemsize
+            sizes[expr] = _bytes(expr)
 
     relax.analysis.post_order_visit(module["main"], visit)
     return sum(sizes.values())
+
+
+def _bytes(constant: relax.Expr) -> int:
+    array = constant.value
+    return int(np.prod(array.shape, dtype=np.int64)) * np.dtype(str(array.dtype)).itemsize
 
 
 @dataclass

@@ -48,6 +48,8 @@ class ImportedModel:
         Float tables that rows are gathered from; they stay float inside the function.
     others : dict[str, tuple[tuple[int, ...], str]]
         Other float weights of two or more dimensions, which stay float, and why.
+    tables : dict[str, relax.Expr]
+        The constants of ``main`` that embeddings and others are, by name.
     """
 
     module: tvm.IRModule
@@ -58,6 +60,7 @@ class ImportedModel:
     bounds: dict[str, int]
     embeddings: dict[str, tuple[int, ...]]
     others: dict[str, tuple[tuple[int, ...], str]]
+    tables: dict[str, relax.Expr]
 
 
 def import_onnx(
@@ -133,6 +136,7 @@ def _translate(model: onnx.ModelProto, name: str) -> ImportedModel:
         bounds=emitter.bounds,
         embeddings=emitter.embeddings,
         others=emitter.others,
+        tables=emitter.tables,
     )
 
 

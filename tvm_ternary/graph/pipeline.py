@@ -1,6 +1,6 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   planned matrices become calls to ternary kernels
+1 ternarize   tables become parameters as matrices are, planned matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        every other operator becomes TensorIR, element-wise chains are merged
 4 schedule    every function that is not scheduled yet gets a CPU schedule
@@ -19,6 +19,7 @@ from tvm_ternary.errors import OutputError
 from tvm_ternary.files import atomic_path
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
 from tvm_ternary.schedule.cpu import schedule_module
 from tvm_ternary.target import Target
@@ -62,7 +63,8 @@ def lower(
     dump : callable
         Called with a phase's name and its result.
     """
-    ternary = ternarize(model.module, model.params, layers, target.tier)
+    module, params = lift_tables(model.module, model.params, model.tables)
+    ternary = ternarize(module, params, layers, target.tier)
     dump("ternarize", ternary.module)
     module = _bind(ternary) if bind_weights else ternary.module
     dump("bind", module)

@@ -37,6 +37,8 @@ class Emitter:
         Float tables that rows are gathered from.
     others : dict[str, tuple[tuple[int, ...], str]]
         Other weights of two or more dimensions, and why they are no matrices.
+    tables : dict[str, relax.Expr]
+        The constants that embeddings and others are in the function, by name.
     biases : dict[str, str]
         Names of the biases added to products, by the product's output.
     taken : set[str]
@@ -50,6 +52,7 @@ class Emitter:
         self.parameters: dict[str, tuple[relax.Var, np.ndarray]] = {}
         self.embeddings: dict[str, tuple[int, ...]] = {}
         self.others: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.tables: dict[str, relax.Expr] = {}
         self.biases: dict[str, str] = {}
         self.taken: set[str] = set()
         self._by_content: dict[tuple[object, ...], relax.Var] = {}
@@ -134,13 +137,16 @@ class Emitter:
             if node is not None and self._is_weight(value.array):
                 name = self.weight_name(value, node)
                 self.others.setdefault(name, (value.array.shape, reason or f"used by {node.op}"))
+                self.tables.setdefault(name, self._constant(value))
             return self._constant(value)
         return self._materialize(value) if isinstance(value, Symbols) else value
 
     def embedding(self, value: Constant, node: Node) -> relax.Expr:
         """A float table that rows are gathered from."""
         if self._is_weight(value.array):
-            self.embeddings.setdefault(self.weight_name(value, node), value.array.shape)
+            name = self.weight_name(value, node)
+            self.embeddings.setdefault(name, value.array.shape)
+            self.tables.setdefault(name, self._constant(value))
         return self._constant(value)
 
     def _constant(self, value: Constant) -> relax.Expr:
