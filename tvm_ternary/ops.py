@@ -31,6 +31,8 @@ class Linear:
         The kernel it runs.
     schedule : str
         The schedule file its tiles come from.
+    functions : dict
+        The compiled functions: ``matmul``, and ``rows`` where the activations are prepared first.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Linear:
             functions["rows"] = row.rows(sizes)
         module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
         library = tvm.compile(module, tvm.target.Target(target.tvm))
-        self._functions = {name: library[name] for name in functions}
+        self.functions = {name: library[name] for name in functions}
         constants = [row.pack(weight), pack_scale(weight), *([bias] if bias is not None else [])]
         self._constants = [tvm.runtime.tensor(array) for array in constants]
 
@@ -80,12 +82,12 @@ class Linear:
         rows = tvm.runtime.tensor(np.ascontiguousarray(x.reshape(-1, k)))
         m = rows.shape[0]
         activations = [rows]
-        if "rows" in self._functions:
+        if "rows" in self.functions:
             operands = self._row.matmul.activations
             activations = [tvm.runtime.empty(o.shape(self._sizes, m), o.dtype) for o in operands]
-            self._functions["rows"](rows, *activations)
+            self.functions["rows"](rows, *activations)
         y = tvm.runtime.empty((m, n), "float32")
-        self._functions["matmul"](*activations, *self._constants, y)
+        self.functions["matmul"](*activations, *self._constants, y)
         return np.asarray(y.numpy()).reshape(*x.shape[:-1], n)
 
 

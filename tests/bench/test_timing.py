@@ -1,0 +1,63 @@
+"""Turns, percentiles and means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvm_ternary.bench.timing import Spread, Turn, alternate, geometric_mean
+
+POSITIVE = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=20), POSITIVE)
+def test_geometric_mean(values: list[float], factor: float) -> None:
+    mean = geometric_mean(values)
+    assert min(values) * (1 - 1e-9) <= mean <= max(values) * (1 + 1e-9)
+    assert geometric_mean([value * factor for value in values]) == pytest.approx(mean * factor)
+    assert geometric_mean([*values, *(1 / value for value in values)]) == pytest.approx(1)
+
+
+def test_geometric_mean_of_known_numbers() -> None:
+    assert geometric_mean([2, 8]) == pytest.approx(4)
+    assert geometric_mean(iter([1, 10, 100])) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 0.0], [-1.0]])
+def test_geometric_mean_needs_positive_numbers(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected at least one number, all positive"):
+        geometric_mean(values)
+
+
+@given(st.permutations(range(11)))
+def test_spread_takes_percentiles_of_any_order(samples: list[float]) -> None:
+    assert Spread.of(samples) == Spread(5, 2, 8)
+
+
+def test_spread_of_one_sample() -> None:
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+def test_functions_take_turns_and_copies_rotate() -> None:
+    log: list[str] = []
+    names = {"ours": ["a0", "a1", "a2"], "peer": ["b0"]}
+    calls = {key: [lambda name=name: log.append(name) for name in group] for key, group in names.items()}
+    times = alternate(calls, 3)
+    assert log == [
+        *("a0", "a1", "a2", "b0"),  # each once before anything is timed
+        *("a0", "a1", "b0", "b0"),
+        *("a2", "a0", "b0", "b0"),
+        *("a1", "a2", "b0", "b0"),
+    ]
+    assert times.keys() == names.keys()
+    assert all(0 <= spread.p20 <= spread.median <= spread.p80 < math.inf for spread in times.values())
+
+
+def test_a_turn_has_calls_that_do_not_count() -> None:
+    log: list[str] = []
+    calls = {name: [lambda name=name: log.append(name)] for name in "ab"}
+    alternate(calls, 3, Turn(pause=1e-4, untimed=3, timed=2))
+    assert "".join(log) == "ab" + ("a" * 5 + "b" * 5) * 2
