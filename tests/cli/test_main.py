@@ -24,7 +24,7 @@ def test_help_teaches_with_an_example(capsys: pytest.CaptureFixture[str]) -> Non
     for verb in VERBS:
         with pytest.raises(SystemExit, match="0"):
             main([verb, "--help"])
-        assert f"examples:\n  tvm-ternary {verb} model" in capsys.readouterr().out
+        assert f"examples:\n  tvm-ternary {verb} m" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
