@@ -12,7 +12,7 @@ import pytest
 import tvm
 import tvm_ffi
 
-from tvm_ternary.formats import Granularity, pad_groups
+from tvm_ternary.formats import Granularity, group_segments, pad_groups
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape, Variant
 from tvm_ternary.kernels.table import KERNELS
@@ -124,14 +124,15 @@ def rows_of(
         return [pad_groups(x, granularity, 16)]
     if bits == 8:
         padded = pad_groups(x, granularity, 16)
-        return [padded, group_sums(padded, granularity.groups(x.shape[1])), x_scale]
+        return [padded, segment_sums(padded, granularity, x.shape[1]), x_scale]
     return [pack_trits(x, granularity), x_scale]
 
 
-def group_sums(padded: npt.NDArray[np.int8], groups: int) -> npt.NDArray[np.int32]:
-    """The sum of each group of padded rows: (M, G)."""
-    rows, width = padded.shape
-    return padded.reshape(rows, groups, width // groups).sum(axis=2, dtype=np.int32)
+def segment_sums(padded: npt.NDArray[np.int8], granularity: Granularity, k: int) -> npt.NDArray[np.int32]:
+    """The sum of each segment of padded rows: (M, S)."""
+    splits, _ = group_segments(granularity.group_size(k), 16)
+    segments = splits * granularity.groups(k)
+    return padded.reshape(len(padded), segments, padded.shape[1] // segments).sum(axis=2, dtype=np.int32)
 
 
 def pack_trits(x: npt.NDArray[np.int8], granularity: Granularity) -> npt.NDArray[np.uint32]:

@@ -12,7 +12,7 @@ import pytest
 from tests.ternary_matmul import TARGETS, gamma, runnable, unrunnable
 from tvm_ternary.errors import HostError, InputError, OptionError
 from tvm_ternary.formats import PerChannel, TernaryTensor
-from tvm_ternary.kernels.codes import reference_a32
+from tvm_ternary.kernels.float32 import reference_a32
 from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.ops import linear
 from tvm_ternary.quantize import quantize

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import tvm
 
 from tvm_ternary.errors import HostError, InputError, OptionError
-from tvm_ternary.formats import TernaryTensor, pack_scale
+from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.kernels.matmul import EPILOGUES, Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.records import open_logs
+from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import Target, host_features, resolve
 
 
@@ -30,7 +31,7 @@ class Linear:
     kernel : str
         The kernel it runs.
     schedule : str
-        The schedule file its tiles come from.
+        Where its schedule comes from: the shipped tuning records or the file of tiles.
     functions : dict
         The compiled functions: ``matmul``, and ``rows`` where the activations are prepared first.
     """
@@ -44,12 +45,12 @@ class Linear:
         target: Target,
     ) -> None:
         row, sizes = KERNELS[activation_bits], MatmulShape.of(weight)
-        tiles = load_tiles(row.matmul.name, target.tier)
-        self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, tiles.source
+        choice = choose_variants(activation_bits, sizes, target.tier, open_logs(target.name))
+        self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, choice.source
         self._row, self._sizes = row, sizes
         functions = {
             "matmul": matmul_function(
-                row.matmul, sizes, tiles.variants, target.tier, epilogue=Epilogue(bias is not None, epilogue)
+                row.matmul, sizes, choice.variants, target.tier, epilogue=Epilogue(bias is not None, epilogue)
             )
         }
         if not row.reads_rows_directly(sizes):
@@ -57,7 +58,7 @@ class Linear:
         module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
         library = tvm.compile(module, tvm.target.Target(target.tvm))
         self.functions = {name: library[name] for name in functions}
-        constants = [row.pack(weight), pack_scale(weight), *([bias] if bias is not None else [])]
+        constants = [*row.pack(weight).values(), *([bias] if bias is not None else [])]
         self._constants = [tvm.runtime.tensor(array) for array in constants]
 
     def __call__(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -108,7 +109,7 @@ def linear(
     bias : (N,) array_like, optional
         Float32.
     epilogue : str, optional
-        ``relu``, ``gelu`` or ``silu``.
+        ``relu``, ``gelu``, ``gelu_tanh`` or ``silu``.
     target : str or mapping
         As in `tvm_ternary.compile`; it must be one that this host can run.
     activation_bits : int

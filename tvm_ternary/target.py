@@ -24,6 +24,12 @@ _X86_V4 = _X86_V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
 # What Ice Lake and Zen 4 share beyond the fourth level. Cascade Lake has VNNI but not the others.
 _VNNI_EXTRA = ("avx512_bitalg", "avx512_vbmi2", "avx512_vnni", "avx512_vpopcntdq", "avx512ifma", "avx512vbmi", "gfni")
 _X86_VNNI = _X86_V4 | frozenset(_VNNI_EXTRA)
+# Alder Lake and Zen 5: the byte dot product of AVX-512 VNNI for 256-bit registers of CPUs that need not have AVX-512.
+_AVX_VNNI_EXTRA = ("avx_vnni",)
+_X86_AVX_VNNI = _X86_V3 | frozenset(_AVX_VNNI_EXTRA)
+# Sapphire Rapids: tiles of 16 rows of 64 bytes.
+_AMX_EXTRA = ("amx_tile", "amx_int8")
+_X86_AMX = _X86_VNNI | frozenset(_AMX_EXTRA)
 _ARM_DOT = frozenset({"asimd", "asimddp"})
 
 
@@ -43,12 +49,16 @@ class Tier:
     features: frozenset[str]
 
 
-# Worst to best.
+# Worst to best, of each architecture.
 TIERS: dict[str, Tier] = {
     "portable": Tier(128, frozenset()),
+    "sse4": Tier(128, _X86_V2),
     "avx2": Tier(256, _X86_V3),
+    "avx2-vnni": Tier(256, _X86_AVX_VNNI),
     "avx512": Tier(512, _X86_V4),
     "avx512-vnni": Tier(512, _X86_VNNI),
+    "amx": Tier(512, _X86_AMX),
+    "neon-dot": Tier(128, _ARM_DOT),
 }
 
 # /proc/cpuinfo name -> LLVM name, for every extension that a target dictionary may switch on.
@@ -70,6 +80,8 @@ _LLVM_NAMES: dict[str, dict[str, str]] = {
         "fma": "fma",
         "movbe": "movbe",
         "xsave": "xsave",
+        "amx_int8": "amx-int8",
+        "amx_tile": "amx-tile",
         "avx_vnni": "avxvnni",
         "avx512f": "avx512f",
         "avx512bw": "avx512bw",
@@ -155,21 +167,22 @@ class _Row:
     tier: str
 
 
+def _switched_on(*features: str) -> tuple[str, ...]:
+    """LLVM's ``mattr`` for x86-64 features."""
+    return tuple(f"+{_LLVM_NAMES['x86_64'][name]}" for name in features)
+
+
 # LLVM tunes x86-64-v4 for 256-bit vectors; the loops it vectorises by itself would leave half of each register idle.
 _WIDE = "-prefer-256-bit"
 # Worst to best within an architecture: `native` takes the last one that the host can run.
 _ROWS: dict[str, _Row] = {
-    "x86-64-v2": _Row("x86_64", "x86-64-v2", (), _X86_V2, "portable"),
+    "x86-64-v2": _Row("x86_64", "x86-64-v2", (), _X86_V2, "sse4"),
     "x86-64-v3": _Row("x86_64", "x86-64-v3", (), _X86_V3, "avx2"),
+    "avx2-vnni": _Row("x86_64", "x86-64-v3", _switched_on(*_AVX_VNNI_EXTRA), _X86_AVX_VNNI, "avx2-vnni"),
     "x86-64-v4": _Row("x86_64", "x86-64-v4", (_WIDE,), _X86_V4, "avx512"),
-    "avx512-vnni": _Row(
-        "x86_64",
-        "x86-64-v4",
-        (*(f"+{_LLVM_NAMES['x86_64'][name]}" for name in _VNNI_EXTRA), _WIDE),
-        _X86_VNNI,
-        "avx512-vnni",
-    ),
-    "aarch64": _Row("aarch64", "generic", ("+neon", "+dotprod"), _ARM_DOT, "portable"),
+    "avx512-vnni": _Row("x86_64", "x86-64-v4", (*_switched_on(*_VNNI_EXTRA), _WIDE), _X86_VNNI, "avx512-vnni"),
+    "amx": _Row("x86_64", "x86-64-v4", (*_switched_on(*_VNNI_EXTRA, *_AMX_EXTRA), _WIDE), _X86_AMX, "amx"),
+    "aarch64": _Row("aarch64", "generic", ("+neon", "+dotprod"), _ARM_DOT, "neon-dot"),
 }
 
 
@@ -206,7 +219,7 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
         return native(host_features(), platform.machine())
     if target in _ROWS:
         return _from_row(target)
-    if target == "amx" or target.split("-")[0] in ("cuda", "nvidia"):
+    if target.split("-")[0] in ("cuda", "nvidia"):
         raise OptionError(
             f"target {target}", f"not yet in this version; expected one of {_listed()}", "compile for a CPU"
         )

@@ -24,7 +24,9 @@ from tvm_ternary.runtime.manifest import (
 )
 from tvm_ternary.runtime.module import Timing
 
-TERNARY = LayerInfo("a", (16, 64), "ternary", "t2a8g64", 5.0, "matmul_a8", "codes", "rule:avx2", 0.21094, None)
+TERNARY = LayerInfo(
+    "a", (16, 64), "ternary", "t2a8g64", 5.0, "matmul_a8", "codes", "rule:avx2", 0.21094, None, "bias + gelu"
+)
 FLOAT = LayerInfo("b", (8, 3, 2), "float32", None, 32.0, None, None, "rule", None, "a convolution")
 MANIFEST = Manifest(
     model=ModelInfo("net", "net.onnx", "5e" * 32),
@@ -57,6 +59,7 @@ def test_layers() -> None:
         "bits/weight": "5.00",
         "kernel": "matmul_a8",
         "layout": "codes",
+        "epilogue": "bias + gelu",
         "schedule": "rule:avx2",
         "error": "0.2109",
         "why float": "",
@@ -66,7 +69,8 @@ def test_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "absent"), [((TERNARY,), {"why float"}), ((FLOAT,), {"kernel", "layout", "error"}), ((), set())]
+    ("layers", "absent"),
+    [((TERNARY,), {"why float"}), ((FLOAT,), {"kernel", "layout", "epilogue", "error"}), ((), set())],
 )
 def test_columns_without_a_word_are_left_out(layers: tuple[LayerInfo, ...], absent: set[str]) -> None:
     whole, table = report.layers_table(MANIFEST.layers), report.layers_table(layers)

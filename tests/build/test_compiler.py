@@ -78,8 +78,8 @@ class TestManifest:
         assert artifact.manifest.scheme == "t2a8g32"
         assert (ternary.name, ternary.shape, ternary.became) == ("layers.0.weight", (96, 64), "ternary")
         assert (ternary.scheme, ternary.kernel, ternary.layout) == ("t2a8g32", "matmul_a8", "codes")
-        # Two planes of two bits, and two scales of 32 bits for 32 weights.
-        assert ternary.bits_per_weight == 2 * 2 + 2 * 32 / 32
+        # Two planes of two bits; a scale of 32 bits and two factors of 8 for 32 weights.
+        assert ternary.bits_per_weight == 2 * 2 + (32 + 2 * 8) / 32
         assert ternary.schedule == f"rule:{resolve('native').tier}/matmul_a8.toml"
         assert ternary.error is not None
         assert 0.05 < ternary.error < 0.4

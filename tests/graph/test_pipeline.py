@@ -27,6 +27,15 @@ def lowered(model: ImportedModel, scheme: str = "t2a32", *, bind: bool = True) -
     return lower(model, layers, NATIVE, bind_weights=bind)
 
 
+def with_softmax() -> ImportedModel:
+    """Two linear layers with a softmax between, which no matmul takes along."""
+    g = GraphBuilder("softmax")
+    x = g.linear(g.input("x", FLOAT, ["m", 30]), "first", 30, 40)
+    x = g.linear(g.node("Softmax", x, axis=-1), "second", 40, 20)
+    g.output(x, FLOAT, ["m", 20])
+    return import_onnx(g.model())
+
+
 def run(model: LoweredModel, *operands: np.ndarray) -> list[np.ndarray]:
     machine = relax.VirtualMachine(build_executable(model.module, NATIVE.tvm), tvm.cpu())
     return [out.numpy() for out in machine["main"](*map(tvm.runtime.tensor, operands))]
@@ -57,8 +66,7 @@ def test_weights_inside_or_as_arguments_give_the_same(scheme: str) -> None:
 
 
 def test_every_function_is_scheduled_and_says_by_whom() -> None:
-    model = import_onnx(mlp((30, 40, 20)))
-    result = lowered(model, "t2a8")
+    result = lowered(with_softmax(), "t2a8")
     functions = {v.name_hint: f for v, f in result.module.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
     assert sorted(functions) == list(result.schedules)
     assert all(function.attrs["tirx.is_scheduled"] == 1 for function in functions.values())
@@ -74,8 +82,14 @@ def test_every_function_is_scheduled_and_says_by_whom() -> None:
     assert all(re.match("(rule|dlight):.", result.schedules[name]) for name in others)
 
 
+def test_what_a_matmul_can_do_by_itself_is_no_function_of_its_own() -> None:
+    result = lowered(import_onnx(mlp((30, 40, 20))), "t2a8")
+    assert result.schedules.keys() == result.ternary.kernels.keys()
+    assert sorted(operators(result.module)) == ["rows_a8", "rows_a81", "ternary_matmul_a8", "ternary_matmul_a8_relu"]
+
+
 def test_nothing_but_calls_of_functions_is_left() -> None:
-    names = operators(lowered(import_onnx(mlp((30, 40, 20)))).module)
+    names = operators(lowered(with_softmax()).module)
     assert names
     assert not [name for name in names if "." in name or name in ("matmul", "add", "reshape")]
 
@@ -96,15 +110,15 @@ def test_names_that_differ_only_in_punctuation_keep_their_own_weights() -> None:
 
 def test_every_phase_can_be_looked_at(tmp_path: Path) -> None:
     seen: list[tuple[str, tvm.IRModule]] = []
-    model = import_onnx(mlp((30, 40, 20)))
+    model = with_softmax()
     layers = quantized(model.params, dict.fromkeys(model.params, "t1a8"))
     lower(model, layers, NATIVE, bind_weights=True, dump=lambda phase, module: seen.append((phase, module)))
     assert [phase for phase, _ in seen] == PHASES
     assert "ternary_matmul_a8" in operators(seen[0][1])
     assert len(seen[0][1]["main"].params) == 1 + 2 * 2
     assert len(seen[1][1]["main"].params) == 1
-    assert "nn.relu" in operators(seen[1][1])
-    assert "nn.relu" not in operators(seen[2][1])
+    assert "nn.softmax" in operators(seen[1][1])
+    assert "nn.softmax" not in operators(seen[2][1])
 
 
 def test_dumps_are_numbered_files(tmp_path: Path) -> None:

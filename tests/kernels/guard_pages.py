@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from tests.ternary_matmul import TARGETS, build, rows_of, unrunnable
-from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor, pack_scale
+from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import KERNELS
@@ -64,7 +64,7 @@ def run(target: Target, bits: int, n: int, k: int, kind: Granularity, bias: bool
     x = rng.standard_normal((rows, k)).astype(np.float32)
     outputs = [fenced(np.zeros(o.shape(shape, rows), o.dtype)) for o in row.matmul.activations]
     call(library["rows"], fenced(x), *outputs)
-    constants = [row.pack(weight), pack_scale(weight), *([np.ones(n, np.float32)] if bias else [])]
+    constants = [*row.pack(weight).values(), *([np.ones(n, np.float32)] if bias else [])]
     result = fenced(np.full((rows, n), np.nan, np.float32))
     call(library["matmul"], *outputs, *map(fenced, constants), result)
     trits = np.zeros((rows, k), np.int8)

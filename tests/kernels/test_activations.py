@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 import tvm
 
-from tests.ternary_matmul import NATIVE, TARGETS, UNIT, Matmul, build, gamma, group_sums, pack_trits, runnable
-from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor, pack_codes, pack_scale, pad_groups
+from tests.ternary_matmul import NATIVE, TARGETS, UNIT, Matmul, build, gamma, pack_trits, runnable, segment_sums
+from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor, pad_groups, with_shared_scales
 from tvm_ternary.kernels.activations import (
     PARALLEL_ROWS,
     SMALLEST_ABSMAX,
@@ -19,6 +19,7 @@ from tvm_ternary.kernels.activations import (
     ternary_rows,
 )
 from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.ops import linear
 from tvm_ternary.target import Target
 
@@ -90,13 +91,13 @@ def test_int8_rows_equal_their_reference(target: str, k: int, kind: Granularity)
     for rows in ROWS:
         x = samples(rows, k)
         filled = np.full((rows, shape.padded_k(16)), 99, np.int8)
-        groups = (rows, shape.groups)
-        x_q, x_sum, x_scale = quantize(x, filled, np.full(groups, 99, np.int32), np.full(groups, 99, np.float32))
+        sums, scales = np.full((rows, shape.segments(16)), 99, np.int32), np.full((rows, shape.groups), 99, np.float32)
+        x_q, x_sum, x_scale = quantize(x, filled, sums, scales)
         expected, scale = reference_int8_rows(x, shape)
         padded = pad_groups(expected, kind, 16)
         np.testing.assert_array_equal(x_q, padded)
         np.testing.assert_array_equal(x_scale, scale)
-        np.testing.assert_array_equal(x_sum, group_sums(padded, shape.groups))
+        np.testing.assert_array_equal(x_sum, segment_sums(padded, kind, k))
 
 
 @pytest.mark.parametrize(("k", "kind"), SIZES, ids=IDS)
@@ -183,7 +184,7 @@ def test_padded_rows_are_the_rows_and_zeros(target: str, k: int, kind: Granulari
 def random_weight(n: int, k: int, planes: int, kind: Granularity, rng: np.random.Generator) -> TernaryTensor:
     trits = rng.integers(-1, 2, (planes, n, k), dtype=np.int8)
     scale = (rng.random((planes, *kind.scale_shape(n, k))) + 0.1).astype(np.float32)
-    return TernaryTensor.from_trits(trits, scale, kind)
+    return with_shared_scales(TernaryTensor.from_trits(trits, scale, kind))
 
 
 def plane_weights(weight: TernaryTensor) -> Doubles:
@@ -201,7 +202,7 @@ def test_int8_activations_err_by_half_a_step_of_each_group(planes: int, kind: Gr
 
     Derivation: y_q - y = sum over k of (x_q x_scale - x) w, and rounding to the nearest of the steps x_scale moves no
     value by more than half a step. To this come the roundings of the quantizer (3 * 127 u of a step, see above) and of
-    the matmul, gamma of PG + 3 times the sum of the magnitudes of its terms (test_equivalence.py).
+    the matmul, gamma of PS + 4 times the sum of the magnitudes of its terms (test_equivalence.py).
     """
     rng = np.random.default_rng(planes)
     weight = random_weight(48, 333, planes, kind, rng)
@@ -215,7 +216,7 @@ def test_int8_activations_err_by_half_a_step_of_each_group(planes: int, kind: Gr
     step = np.repeat(x_scale.astype(np.float64), shape.group_size, axis=1)[:, :333]
     # |x_q x_scale| of a value is at most that of x and half a step.
     magnitude = (np.abs(x) + step / 2) @ np.abs(dense).sum(axis=0).T
-    rounding = gamma(shape.planes * shape.groups + 3) * magnitude
+    rounding = gamma(shape.planes * shape.segments(16) + 4) * magnitude
     bound = step * (0.5 + 3 * 127 * UNIT) @ np.abs(dense.sum(axis=0)).T + rounding
     error = np.abs(y_q - x.astype(np.float64) @ dense.sum(axis=0).T)
     assert (error <= bound).all()
@@ -249,8 +250,8 @@ def test_matmul_reads_what_the_rows_function_wrote() -> None:
     rng = np.random.default_rng(0)
     weight = random_weight(33, 95, 2, PerGroup(20), rng)
     shape, x = MatmulShape.of(weight), samples(9, 95, huge=1e30)
-    groups = (9, shape.groups)
-    empty = np.zeros((9, shape.padded_k(16)), np.int8), np.zeros(groups, np.int32), np.zeros(groups, np.float32)
+    sums, scales = np.zeros((9, shape.segments(16)), np.int32), np.zeros((9, shape.groups), np.float32)
+    empty = np.zeros((9, shape.padded_k(16)), np.int8), sums, scales
     operands = Rows(int8_rows(shape), NATIVE)(x, *empty)
-    got = Matmul(8, shape, NATIVE)(9, *operands, pack_codes(weight), pack_scale(weight))
+    got = Matmul(8, shape, NATIVE)(9, *operands, *KERNELS[8].pack(weight).values())
     np.testing.assert_array_equal(got, linear(weight, activation_bits=8)(x))

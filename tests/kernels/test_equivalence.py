@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pytest
 
 from tests.ternary_matmul import NATIVE, TARGETS, Matmul, gamma, rows_of, runnable, unrunnable
-from tvm_ternary.formats import Granularity, PerChannel, PerGroup, PerTensor, TernaryTensor, pack_scale
+from tvm_ternary.formats import Granularity, PerChannel, PerGroup, PerTensor, TernaryTensor, with_shared_scales
 from tvm_ternary.kernels.bits import reference_a1_dot
-from tvm_ternary.kernels.codes import reference_a8_accumulators
+from tvm_ternary.kernels.int8 import reference_a8_accumulators
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape, Variant
 from tvm_ternary.kernels.table import KERNELS
@@ -80,6 +80,7 @@ class Problem:
         sizes = (case.planes, *case.kind.scale_shape(case.n, case.k))
         scale = (rng.random(sizes) + 0.1) * rng.choice([-1, 1], sizes)
         weight = TernaryTensor.from_trits(trits, scale.astype(np.float32), case.kind)
+        weight = with_shared_scales(weight) if bits == 8 else weight
         shape = MatmulShape.of(weight)
         matmul = Matmul(bits, shape, target, rows=case.rows, epilogue=Epilogue(case.bias))
         return cls(bits, case, weight, matmul)
@@ -88,13 +89,21 @@ class Problem:
         self,
         x: npt.NDArray[np.float32] | npt.NDArray[np.int8],
         x_scale: npt.NDArray[np.float32],
-        scale: npt.NDArray[np.float32],
         bias: npt.NDArray[np.float32],
+        **scales: npt.NDArray[np.generic],
     ) -> npt.NDArray[np.float32]:
-        """The kernel's result; ``scale`` is packed (P, G, 16 * blocks)."""
+        """The kernel's result; ``scales`` take the place of the weight's own, packed."""
         activations = rows_of(self.bits, x, x_scale, self.case.kind)
-        packed = KERNELS[self.bits].pack(self.weight)
-        return self.matmul(len(x), *activations, packed, scale, *([bias] if self.case.bias else []))
+        constants = KERNELS[self.bits].pack(self.weight) | scales
+        return self.matmul(len(x), *activations, *constants.values(), *([bias] if self.case.bias else []))
+
+    def scales(self, values: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.generic]]:
+        """The operands that make the scale of each plane, group and output ``values`` (P, G, 16 * blocks), integers."""
+        if self.bits != 8:
+            return {"scale": values}
+        if self.case.planes == 1:
+            return {"scale": values[0]}
+        return {"factor": values.astype(np.int8), "scale": np.ones(values.shape[1:], np.float32)}
 
 
 def row_counts(variants: tuple[Variant, ...]) -> list[int]:
@@ -135,28 +144,32 @@ def assert_accumulators_equal(problem: Problem, rows: int, rng: np.random.Genera
         scale = np.zeros((shape.planes, shape.groups, shape.blocks * 16), np.float32)
         scale[p, g, columns] = 1
         expected = dots[:, columns, p, g] + case.bias * columns
-        np.testing.assert_array_equal(problem.run(as_activations(bits, x), ones, scale, bias), expected)
+        np.testing.assert_array_equal(
+            problem.run(as_activations(bits, x), ones, bias, **problem.scales(scale)), expected
+        )
     powers = np.float32(2) ** np.arange(shape.planes, dtype=np.float32)
     scale = np.broadcast_to(powers[:, None, None], (shape.planes, shape.groups, shape.blocks * 16))
     expected = (dots.sum(axis=3) * powers.astype(np.int64)).sum(axis=2) + case.bias * columns
     assert np.abs(dots).sum(axis=3).max(initial=0) * 2**shape.planes < 2**24
-    np.testing.assert_array_equal(
-        problem.run(as_activations(bits, x), ones, np.ascontiguousarray(scale), bias), expected
-    )
+    scales = problem.scales(np.ascontiguousarray(scale))
+    np.testing.assert_array_equal(problem.run(as_activations(bits, x), ones, bias, **scales), expected)
 
 
 def assert_within_bound(problem: Problem, rows: int, rng: np.random.Generator) -> None:
     """|y - exact| <= gamma_n * (sum of the magnitudes of all terms), n the roundings that a term passes through.
 
-    With PG planes and groups, a term of ``a8`` is multiplied by two scales, added up to PG times, and the bias is
-    added: n = PG + 3. So it is for ``a1``, whose row scale comes after the sum. A term t x of ``a32`` is exact, is
-    added up within its group of S, multiplied by a scale, added up over PG, and the bias is added: n = S + PG + 1.
+    With PS planes and segments, a term of ``a8`` is multiplied by two scales, added up to PS times, and the bias is
+    added: n = PS + 3; where planes share a scale, that scale times a factor differs from the plane's own, which is
+    rounded, by one rounding more: n = PS + 4. So it is for ``a1``, whose row scale comes after the sum. A term t x of
+    ``a32`` is exact, is added up within its segment of k's, multiplied by a scale, added up over PS, and the bias is
+    added: n = k's + PS + 1.
     Fusing a multiplication and an addition leaves a rounding out, and the order of additions makes no difference.
     """
     bits, case, shape = problem.bits, problem.case, problem.matmul.shape
     bias = rng.standard_normal(case.n).astype(np.float32) if case.bias else np.zeros(case.n, np.float32)
     scale = problem.weight.scale.astype(np.float64).transpose(1, 0, 2)
-    terms = shape.planes * shape.groups
+    block = KERNELS[bits].matmul.block
+    terms = shape.planes * shape.segments(block)
     if bits == 32:
         x = rng.standard_normal((rows, case.k)).astype(np.float32)
         x_scale = no_scale(bits, rows, shape.groups)
@@ -164,16 +177,16 @@ def assert_within_bound(problem: Problem, rows: int, rng: np.random.Generator) -
         dense = problem.weight.trits() * spread
         exact = x.astype(np.float64) @ dense.sum(axis=0).T
         magnitude = np.abs(x).astype(np.float64) @ np.abs(dense).sum(axis=0).T
-        roundings = shape.group_size + terms + 1
+        roundings = shape.segment_blocks(block) * block + terms + 1
     else:
         x = integer_rows(bits, rows, case.k, rng)
         x_scale = (rng.random((rows, shape.groups) if bits == 8 else rows) + 0.1).astype(np.float32)
         each = x_scale.astype(np.float64)[:, None, None]
         products = accumulators(bits, x, problem.weight) * scale * (each if bits == 8 else each[..., None])
         exact, magnitude = products.sum(axis=(2, 3)), np.abs(products).sum(axis=(2, 3))
-        roundings = terms + 3
+        roundings = terms + 4
     exact, magnitude = exact + bias, magnitude + np.abs(bias)
-    got = problem.run(x, x_scale, pack_scale(problem.weight), bias).astype(np.float64)
+    got = problem.run(x, x_scale, bias).astype(np.float64)
     assert (np.abs(got - exact) <= gamma(roundings) * magnitude).all()
     assert np.linalg.norm(got - exact) <= WORST_RELATIVE * np.linalg.norm(exact)
 
@@ -214,7 +227,7 @@ def test_largest_sums_do_not_overflow(bits: int, target: str, k: int, kind: Gran
     expected = np.outer(x_signs, signs).astype(np.int64) * LARGEST[bits] * k
     for rows in (1, len(x)):
         activations = rows_of(bits, as_activations(bits, x[:rows]), no_scale(bits, rows, shape.groups), kind)
-        got = matmul(rows, *activations, KERNELS[bits].pack(weight), pack_scale(weight))
+        got = matmul(rows, *activations, *KERNELS[bits].pack(weight).values())
         np.testing.assert_array_equal(got, expected[:rows])
 
 

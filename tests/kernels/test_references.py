@@ -10,7 +10,8 @@ import pytest
 
 from tvm_ternary.formats import Granularity, PerChannel, PerGroup, PerTensor, TernaryTensor
 from tvm_ternary.kernels.bits import reference_a1_dot
-from tvm_ternary.kernels.codes import reference_a8_accumulators, reference_a32
+from tvm_ternary.kernels.float32 import reference_a32
+from tvm_ternary.kernels.int8 import reference_a8_accumulators
 
 KINDS = [PerTensor(), PerChannel(), PerGroup(1), PerGroup(3), PerGroup(7), PerGroup(20)]
 M, N, K, PLANES = 2, 3, 7, 3

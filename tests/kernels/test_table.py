@@ -31,16 +31,18 @@ def test_packed_weights_have_the_shape_that_the_kernel_expects(
     weight = make_tensor(n, k, kind, planes, seed=0)
     row, shape = KERNELS[bits], MatmulShape.of(weight)
     assert shape == MatmulShape(n, k, planes, kind.groups(k), kind.group_size(k))
+    expected = [row.matmul.weight, *row.matmul.scales(shape)]
     packed = row.pack(weight)
-    assert packed.shape == row.matmul.weight.shape(shape, 1)
-    assert packed.dtype == row.matmul.weight.dtype
-    assert layouts.pack_scale(weight).shape == (planes, shape.groups, shape.blocks * layouts.LANES)
+    assert list(packed) == [operand.name for operand in expected]
+    for array, operand in zip(packed.values(), expected, strict=True):
+        assert (array.shape, array.dtype) == (operand.shape(shape, 1), operand.dtype)
 
 
 @given(k=sizes, kind=granularities, block=st.sampled_from([16, 32]))
 def test_padded_rows_fit_the_packed_weights(k: int, kind: Granularity, block: int) -> None:
     shape = MatmulShape(1, k, 1, kind.groups(k), kind.group_size(k))
-    assert (shape.groups, shape.group_blocks(block) * block) == layouts.padded_k(k, kind, block)
+    assert (shape.groups, shape.padded_k(block) // shape.groups) == layouts.padded_k(k, kind, block)
+    assert shape.segments(block) * shape.segment_blocks(block) * block == shape.padded_k(block)
     assert layouts.pad_groups(np.zeros((1, k)), kind, block).shape == (1, shape.padded_k(block))
 
 
@@ -72,8 +74,8 @@ def test_definition_takes_what_the_kernel_names(bits: int, bias: bool) -> None:
     kernel, shape = KERNELS[bits].matmul, MatmulShape(20, 40, 2, 2, 20)
     variants = (Variant(Tile(1, 1), 1), Variant(Tile(2, 2), None))
     function = define_matmul(kernel, shape, variants, epilogue=Epilogue(bias, "relu"))
-    operands = [*kernel.activations, kernel.weight]
-    names = [*(operand.name for operand in operands), "scale", *(["bias"] if bias else []), "y"]
+    operands = kernel.operands(shape)
+    names = [*(operand.name for operand in operands), *(["bias"] if bias else []), "y"]
     assert [param.name for param in function.params] == names
     for param, operand in zip(function.params, operands, strict=False):
         assert [str(extent) for extent in param.shape] == [str(e) for e in operand.shape(shape, "M")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.formats.strategies import granularities, make_tensor
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import Granularity, Scheme, pack_bits, pack_codes, pack_scale
+from tvm_ternary.formats import Granularity, Scheme, pack_bits, pack_codes, pack_scale, pack_shared
 from tvm_ternary.quantize.plan import GROUPS, LayerPlan, make_plan, packed_bits, parse_layers
 
 # Names as exporters write them, and what each is.
@@ -160,8 +160,10 @@ def test_a_matrix_that_would_grow_stays_float(shape: tuple[int, int], scheme: st
 )
 def test_sizes_are_those_of_the_packed_arrays(n: int, k: int, planes: int, bits: int, kind: Granularity) -> None:
     tensor = make_tensor(n, k, kind, planes, seed=0)
-    packed = pack_bits(tensor) if bits == 1 else pack_codes(tensor)
     scheme = Scheme(planes, bits, kind)
-    assert packed_bits((n, k), scheme) == 8 * (packed.nbytes + pack_scale(tensor).nbytes)
+    scales = pack_shared(tensor) if bits == 8 and planes > 1 else (pack_scale(tensor),)
+    packed = pack_bits(tensor) if bits == 1 else pack_codes(tensor)
+    size = sum(array.nbytes for array in (packed, *scales))
+    assert packed_bits((n, k), scheme) == 8 * size
     (row,) = make_plan({"w": (n, k)}, scheme)
-    assert (row.scheme is not None) == (packed.nbytes + pack_scale(tensor).nbytes < 4 * n * k)
+    assert (row.scheme is not None) == (size < 4 * n * k)

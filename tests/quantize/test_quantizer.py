@@ -64,7 +64,7 @@ def test_one_plane_is_the_method_on_each_group_alone(
 @given(shape=shapes, suffix=suffixes, seed=seeds)
 def test_more_planes_never_raise_the_error(method: str, shape: tuple[int, int], suffix: str, seed: int) -> None:
     w = normal(*shape, seed)
-    errors = [quantization_error(w, quantize(w, f"t{planes}a8{suffix}", method)) for planes in (1, 2, 3, 4)]
+    errors = [quantization_error(w, quantize(w, f"t{planes}a32{suffix}", method)) for planes in (1, 2, 3, 4)]
     for fewer, more in itertools.pairwise(errors):
         # Exact but for the ridge (1e-10) and the rounding of scales to float32 (2^-24), relative to the weights.
         assert more <= fewer + 2**-22

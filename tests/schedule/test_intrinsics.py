@@ -17,9 +17,9 @@ from tvm.s_tir import TensorIntrin
 
 from tests.ternary_matmul import TARGETS, build, runnable
 from tvm_ternary.kernels.matmul import MatmulKernel
-from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.shape import MatmulShape, Variant
 from tvm_ternary.kernels.table import KERNELS
-from tvm_ternary.schedule.intrinsics import IMPLEMENTATIONS, matmul_intrinsic
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS, IMPLEMENTATIONS, decode_intrinsic, matmul_intrinsic
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import TIERS, Target, resolve
@@ -30,7 +30,7 @@ WIDE = tuple(name for name in TARGETS if resolve(name).vector_bits == 512)
 LOOP_END = re.compile(r"^\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\b.*?(\.L\w+)")
 LABEL = re.compile(r"^(\.L\w+):")
 # What only the loop over k does: multiply vectors, or count their bits.
-PRODUCT = re.compile(r"vpdpbusd|pmadd|mul <|fmuladd|ctpop")
+PRODUCT = re.compile(r"vpdpbusd|pmadd|sdot|mul <32 x i16>|fmuladd|ctpop")
 VECTOR_STORE = re.compile(r"^\s+v?mov\w*\s+%[xyz]mm\d+.*,\s*[-\w]*\(")
 
 
@@ -110,17 +110,68 @@ def test_ternary_block_adds_the_dot_product_of_trits(target: str, seed: int, ful
         np.testing.assert_array_equal(run(library, name, planes, words, acc), acc + weight @ x)
 
 
-def test_every_kernel_has_a_portable_implementation_and_no_unknown_tier() -> None:
-    assert set(IMPLEMENTATIONS) == {row.matmul.name for row in KERNELS.values()}
-    for rows in IMPLEMENTATIONS.values():
-        assert "portable" in rows
-        assert rows.keys() <= TIERS.keys()
+@cache
+def panel_blocks(target: str) -> Any:
+    """As `both`, for the multiplication by a decoded block."""
+    resolved, panel = runnable(target), KERNELS[8].matmul.panel
+    assert panel is not None
+    intrinsic = TensorIntrin.get(matmul_intrinsic(panel.matmul(SHAPE), resolved.tier))
+    return build({"description": intrinsic.desc, "implementation": intrinsic.impl}, resolved)
 
 
-def test_a_tier_without_an_implementation_takes_the_portable_one() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, byte=st.sampled_from([None, 0, 127]), activation=st.sampled_from([None, -128, 127]))
+def test_panel_block_adds_bytes_times_activations(
+    target: str, seed: int, byte: int | None, activation: int | None
+) -> None:
+    """With the largest bytes that a dot product takes, and any activation that a byte holds."""
+    library, rng = panel_blocks(target), np.random.default_rng(seed)
+    panel = rng.integers(0, 128, (4, 16, 4)) if byte is None else np.full((4, 16, 4), byte)
+    x = rng.integers(-128, 128, 16) if activation is None else np.full(16, activation)
+    acc = rng.integers(-(2**30), 2**30, 16, dtype=np.int32)
+    expected = acc + np.einsum("snj,sj->n", panel, x.reshape(4, 4))
+    for name in ("description", "implementation"):
+        got = run(library, name, panel.astype(np.uint8), x.astype(np.int8), acc)
+        np.testing.assert_array_equal(got, expected)
+
+
+@cache
+def decoding(planes: int, target: str) -> Any:
+    """As `both`, for the decoding of one block of so many planes."""
+    intrinsic = TensorIntrin.get(decode_intrinsic(KERNELS[8].matmul, planes))
+    return build({"description": intrinsic.desc, "implementation": intrinsic.impl}, runnable(target))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, code=codes)
+def test_decoded_block_holds_the_codes_or_the_sum_of_planes(
+    target: str, planes: int, seed: int, code: int | None
+) -> None:
+    """The k's of a word stand four by four: byte (s, n, j) is k = 4 s + j of output n."""
+    library, rng = decoding(planes, target), np.random.default_rng(seed)
+    drawn = [code_words(rng, code) for _ in range(planes)]
+    words = np.stack([words for words, _ in drawn]).reshape(planes, 1, 1, 16)
+    values = np.stack([values for _, values in drawn])
+    # Planes share 63 steps on either side of the middle.
+    factor = rng.integers(-(63 // planes), 63 // planes + 1, (planes, 1, 16))
+    expected = values[0] if planes == 1 else 64 + (factor.transpose(0, 2, 1) * (values - 1)).sum(axis=0)
+    operands = [words, *([factor.astype(np.int8)] if planes > 1 else []), np.zeros((1, 1, 1, 4, 16, 4), np.uint8)]
+    for name in ("description", "implementation"):
+        panel = run(library, name, *operands).reshape(4, 16, 4)
+        np.testing.assert_array_equal(panel, expected.reshape(16, 4, 4).transpose(1, 0, 2))
+
+
+def test_every_kernel_has_an_implementation_for_every_tier() -> None:
+    kernels = {row.matmul.name for row in KERNELS.values()}
+    panels = {row.matmul.panel.matmul(SHAPE).name for row in KERNELS.values() if row.matmul.panel}
+    assert set(IMPLEMENTATIONS) == kernels | panels
+    for rows in (BYTE_DOTS, *IMPLEMENTATIONS.values()):
+        assert rows.keys() == TIERS.keys()
+
+
+def test_the_name_says_kernel_and_tier() -> None:
     assert matmul_intrinsic(KERNELS[8].matmul, "avx512") == "ternary.matmul_a8.avx512"
-    for row in KERNELS.values():
-        assert matmul_intrinsic(row.matmul, "none of them") == f"ternary.{row.matmul.name}.portable"
 
 
 @cache
@@ -130,24 +181,34 @@ def listing(bits: int, target: str, kind: str) -> str:
     return str(compiled(KERNELS[bits].matmul, resolved).mod.inspect_source(kind))
 
 
+def tiles_of(kernel: MatmulKernel, tier: str) -> tuple[Variant, ...]:
+    return load_tiles(kernel.name, tier).of(SHAPE.planes)
+
+
 @cache
 def compiled(kernel: MatmulKernel, target: Target) -> Any:
-    function = matmul_function(kernel, SHAPE, load_tiles(kernel.name, target.tier).variants, target.tier)
+    function = matmul_function(kernel, SHAPE, tiles_of(kernel, target.tier), target.tier)
     return build({"matmul": function}, target)
 
 
 @pytest.mark.parametrize(
     ("bits", "target", "instruction"),
     [
+        (8, "amx", "vpdpbusd"),
         (8, "avx512-vnni", "vpdpbusd"),
+        (8, "avx2-vnni", r"{vex}\s+vpdpbusd"),
         (8, "x86-64-v4", "vpmaddubsw"),
         (8, "x86-64-v3", "vpmaddubsw"),
-        (8, "x86-64-v2", "pmullw"),
+        (8, "x86-64-v2", "pmaddubsw"),
+        (8, "aarch64", "sdot"),
         (1, "avx512-vnni", "vpopcntd"),
         (32, "avx512-vnni", "vfmadd"),
         (32, "x86-64-v3", "vfmadd"),
         (32, "aarch64", "fmla"),
         (1, "aarch64", "cnt"),
+        (1, "aarch64", "sdot"),
+        (1, "x86-64-v3", "vpshufb"),
+        (1, "avx2-vnni", r"{vex}\s+vpdpbusd"),
     ],
 )
 def test_the_instruction_that_a_tier_is_for_does_the_work(bits: int, target: str, instruction: str) -> None:
@@ -164,10 +225,9 @@ def test_float_kernel_makes_floats_of_codes_by_their_bits(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("bits", KERNELS)
 def test_accumulators_are_no_memory_to_the_inner_loop(bits: int, target: str) -> None:
-    """LLVM has made values of them all: the loop over k stores nothing, and none came from the heap."""
-    assert "load ptr, ptr @__TVMBackendAllocWorkspace" not in listing(bits, target, "ll")
+    """LLVM has made values of them all: the loop over k stores nothing."""
     loops = [block for block in self_loops(listing(bits, target, "ll")) if PRODUCT.search(block)]
-    assert len(loops) >= len(load_tiles(KERNELS[bits].matmul.name, resolve(target).tier).variants)
+    assert len(loops) >= len(tiles_of(KERNELS[bits].matmul, resolve(target).tier))
     for loop in loops:
         assert " store " not in loop
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ternary_matmul import NATIVE, Matmul, build, rows_of
-from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor, pack_scale
+from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.matmul import define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
 from tvm_ternary.kernels.table import KERNELS
@@ -36,7 +36,7 @@ def problem(
     scales = np.ones((rows, kind.groups(k)) if bits == 8 else rows, np.float32)
     activations = rows_of(bits, x.astype(np.float32) if bits == 32 else x, scales, kind)
     exact = x.astype(np.int64) @ trits.astype(np.int64).sum(axis=0).T
-    return weight, [*activations, KERNELS[bits].pack(weight), pack_scale(weight)], exact
+    return weight, [*activations, *KERNELS[bits].pack(weight).values()], exact
 
 
 tiles = st.builds(Tile, st.integers(1, 5), st.integers(1, 5))

@@ -15,7 +15,18 @@ from tvm_ternary.runtime.module import Timing
 
 _KIB = 1024
 _FLOAT_BYTES = 4
-_LAYER_COLUMNS = ("matrix", "N x K", "became", "bits/weight", "kernel", "layout", "schedule", "error", "why float")
+_LAYER_COLUMNS = (
+    "matrix",
+    "N x K",
+    "became",
+    "bits/weight",
+    "kernel",
+    "layout",
+    "epilogue",
+    "schedule",
+    "error",
+    "why float",
+)
 _LAYER_NUMBERS = ("bits/weight", "error")
 
 
@@ -61,6 +72,7 @@ def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
         f"{layer.bits_per_weight:.2f}",
         layer.kernel or "",
         layer.layout or "",
+        layer.epilogue or "",
         layer.schedule,
         "" if layer.error is None else f"{layer.error:.4f}",
         layer.reason or "",

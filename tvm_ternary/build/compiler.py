@@ -24,11 +24,13 @@ from tvm_ternary.files import require_writable
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
+from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import FunctionInfo, LayerInfo, Manifest, ModelInfo, SizesInfo, TargetInfo
+from tvm_ternary.schedule.records import open_logs
 from tvm_ternary.target import Target, resolve
 
 Progress = Callable[[str, int, int], None]
@@ -49,11 +51,14 @@ class Artifact:
         What it says about itself.
     seconds : dict of str to float
         Time each stage took.
+    notes : tuple of str
+        What a user should know: lines of the tuning log that were skipped.
     """
 
     path: Path
     manifest: Manifest
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def compile(
@@ -67,6 +72,7 @@ def compile(
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     weights: str = "auto",
+    tuning_log: str | Path | None = None,
     dump_ir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -94,6 +100,8 @@ def compile(
         Values of inputs that become constants (a sampling rate, a flag).
     weights : str
         ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
+    tuning_log : path, optional
+        A folder that ``tvm-ternary tune`` has written. Its records win over those that come with this package.
     dump_ir : path, optional
         Folder for the module after each phase.
     progress : callable, optional
@@ -122,6 +130,7 @@ def compile(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise OutputError(str(output), "is the model itself", "choose another name")
     find_method(method)
+    logs = open_logs(resolved.name, tuning_log)
     dump = dump_to(dump_ir)
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)
@@ -134,7 +143,7 @@ def compile(
         size += sum(array.nbytes for name, array in imported.params.items() if name not in quantized)
         size += sum(_bytes(table) for table in imported.tables.values())
         beside = weights_lie_beside(size, weights)
-        lowered = lower(imported, quantized, resolved, bind_weights=not beside, dump=dump)
+        lowered = lower(imported, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
     with stages.stage("build"):
         executable = build_executable(lowered.module, resolved.tvm)
     with stages.stage("link"):
@@ -143,7 +152,7 @@ def compile(
         path = build_artifact(executable, manifest, destination, params if beside else None)
         # Read back, which checks the file and brings what was filled in while it was written.
         manifest = read_artifact(path).manifest
-    return Artifact(path, manifest, stages.seconds)
+    return Artifact(path, manifest, stages.seconds, tuple(note for log in logs for note in log.notes))
 
 
 def _quantize(
@@ -208,8 +217,8 @@ def _layer(
     if layer is None:
         return LayerInfo(row.name, row.shape, "float32", None, 32.0, None, None, "rule", None, row.reason)
     kernel = layer.kernel.matmul
-    stored = params[f"{row.name}.{kernel.layout}"].nbytes + params[f"{row.name}.scale"].nbytes
-    sources = sorted({s for name, s in lowered.ternary.sources.items() if lowered.ternary.kernels[name] == kernel.name})
+    constants = kernel.constants(MatmulShape.of(layer.weight))
+    stored = sum(params[f"{row.name}.{operand}"].nbytes for operand in constants)
     return LayerInfo(
         name=row.name,
         shape=row.shape,
@@ -218,9 +227,10 @@ def _layer(
         bits_per_weight=8 * stored / (row.shape[0] * row.shape[1]),
         kernel=kernel.name,
         layout=kernel.layout,
-        schedule=f"rule:{sources[0]}",
+        schedule=lowered.ternary.matrices[row.name],
         error=error,
         reason=None,
+        epilogue="; ".join(sorted({str(e) for e in lowered.ternary.epilogues[row.name] if str(e)})) or None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import tvm_ternary
@@ -26,6 +27,7 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --scheme t1a8g128 --dim batch=1
   tvm-ternary compile model.onnx -o model.so --layers ffn --layers 'query|key=t4a8g64'
   tvm-ternary compile model.onnx -o model.so --target x86-64-v3 --weights beside
+  tvm-ternary compile model.onnx -o model.so --tuning-log my-tuning
   tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
 """
 
@@ -65,6 +67,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         default="auto",
         help="where the weights go: inside the .so, or beside it in a safetensors file (default: beside over 1 GiB)",
     )
+    parser.add_argument(
+        "--tuning-log",
+        metavar="DIR",
+        help="a folder that 'tvm-ternary tune' has written; its records win over the shipped ones",
+    )
     parser.add_argument("--dump-ir", metavar="DIR", help="write the program after every phase to this folder")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
     add_json(parser)
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: _constant(name, text) for name, text in constants.items()},
         "weights": args.weights,
+        "tuning_log": args.tuning_log,
         "dump_ir": args.dump_ir,
     }
     if args.scheme is not None:
@@ -91,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
     with show_progress(quiet=args.quiet or args.json) as progress:
         artifact = tvm_ternary.compile(args.model, args.output, progress=progress, **options)
+    for note in artifact.notes:
+        print(f"tvm-ternary: note: {note}", file=sys.stderr)
     file_bytes = artifact.path.stat().st_size
     if args.json:
         manifest = artifact.manifest.to_dict()

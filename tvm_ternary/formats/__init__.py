@@ -1,14 +1,17 @@
 """Ternary tensors as data: the canonical planes, the packed layouts of the kernels, and checkpoint files."""
 
 from tvm_ternary.formats.checkpoint import FORMAT_VERSION, load_metadata, load_tensors, save_tensors
+from tvm_ternary.formats.factors import share_scales, with_shared_scales
 from tvm_ternary.formats.granularity import Granularity, PerChannel, PerGroup, PerTensor, row_blocks
 from tvm_ternary.formats.layouts import (
     BITS_BLOCK,
     CODES_BLOCK,
     LANES,
+    group_segments,
     pack_bits,
     pack_codes,
     pack_scale,
+    pack_shared,
     pad_groups,
     padded_k,
     unpack_bits,
@@ -32,18 +35,22 @@ __all__ = [
     "Scheme",
     "TernaryTensor",
     "granularity_from_suffix",
+    "group_segments",
     "load_metadata",
     "load_tensors",
     "pack_bits",
     "pack_codes",
     "pack_planes",
     "pack_scale",
+    "pack_shared",
     "pad_groups",
     "padded_k",
     "plane_words",
     "row_blocks",
     "save_tensors",
+    "share_scales",
     "unpack_bits",
     "unpack_codes",
     "unpack_planes",
+    "with_shared_scales",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import LayoutError
+from tvm_ternary.formats.factors import share_scales
 from tvm_ternary.formats.granularity import Granularity, row_blocks
 from tvm_ternary.formats.planes import pack_planes, plane_words, unpack_planes
 from tvm_ternary.formats.ternary import TernaryTensor
@@ -23,8 +24,34 @@ LANES = 16
 CODES_BLOCK = 16
 BITS_BLOCK = 32
 
+# Codes are summed in stretches of at most this many blocks (512 k's): a tile's stay in a first-level cache once decoded
+# to bytes, and what they sum to is a whole number that float32 holds.
+SEGMENT_BLOCKS = 32
+
 # Sixteen codes of a zero trit (0b01).
 ZERO_CODES = 0x55555555
+
+
+def group_segments(group_size: int, block: int) -> tuple[int, int]:
+    """Divide a group into segments, the stretches of K that a kernel sums at once.
+
+    Parameters
+    ----------
+    group_size : int
+    block : int
+        `CODES_BLOCK` or `BITS_BLOCK`; a group of bits is one segment.
+
+    Returns
+    -------
+    count, blocks : int
+        Segments of a group and blocks of a segment; without padding beyond the last block where some count allows it.
+    """
+    blocks = -(-group_size // block)
+    if block == BITS_BLOCK:
+        return 1, blocks
+    least = -(-blocks // SEGMENT_BLOCKS)
+    count = next((count for count in range(least, 2 * least) if blocks % count == 0), least)
+    return count, -(-blocks // count)
 
 
 def padded_k(k: int, granularity: Granularity, block: int) -> tuple[int, int]:
@@ -42,7 +69,8 @@ def padded_k(k: int, granularity: Granularity, block: int) -> tuple[int, int]:
     groups, padded_group : int
         A packed row holds ``groups * padded_group`` weights; both are at least 1.
     """
-    return granularity.groups(k), -(-granularity.group_size(k) // block) * block
+    count, blocks = group_segments(granularity.group_size(k), block)
+    return granularity.groups(k), count * blocks * block
 
 
 def pad_groups(x: npt.NDArray[_T], granularity: Granularity, block: int) -> npt.NDArray[_T]:
@@ -79,7 +107,7 @@ def pack_codes(tensor: TernaryTensor) -> npt.NDArray[np.uint32]:
 
     Returns
     -------
-    (P, ceil(N / 16), groups * ceil(group_size / 16), 16) uint32
+    (P, ceil(N / 16), padded K / 16, 16) uint32, K padded as `padded_k` says
         The last axis is n % 16. Padding has code 1.
     """
     n, k = tensor.shape
@@ -109,7 +137,7 @@ def unpack_codes(
 
     Parameters
     ----------
-    codes : (P, ceil(N / 16), groups * ceil(group_size / 16), 16) uint32
+    codes : (P, ceil(N / 16), padded K / 16, 16) uint32, K padded as `padded_k` says
     shape : (int, int)
         N and K.
     granularity : Granularity
@@ -144,7 +172,7 @@ def pack_bits(tensor: TernaryTensor) -> npt.NDArray[np.uint32]:
 
     Returns
     -------
-    (P, ceil(N / 16), groups * ceil(group_size / 32), 2, 16) uint32
+    (P, ceil(N / 16), padded K / 32, 2, 16) uint32, K padded as `padded_k` says
         ``[..., 0, :]`` says where the trit is not zero, ``[..., 1, :]`` where it is -1; bit i of a word is local k = i;
         the last axis is n % 16. Padding is zero.
     """
@@ -171,7 +199,7 @@ def unpack_bits(
 
     Parameters
     ----------
-    bits : (P, ceil(N / 16), groups * ceil(group_size / 32), 2, 16) uint32
+    bits : (P, ceil(N / 16), padded K / 32, 2, 16) uint32, K padded as `padded_k` says
     shape : (int, int)
         N and K.
     granularity : Granularity
@@ -209,10 +237,26 @@ def pack_scale(tensor: TernaryTensor) -> npt.NDArray[np.float32]:
     (P, groups, 16 * ceil(N / 16)) float32
         Zero in padding rows.
     """
+    return _for_rows(tensor, tensor.scale)
+
+
+def pack_shared(tensor: TernaryTensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """As `pack_scale`, with one scale for all planes and a whole factor for each (see `share_scales`).
+
+    Returns
+    -------
+    factors : (P, groups, 16 * ceil(N / 16)) int8
+    scale : (groups, 16 * ceil(N / 16)) float32
+    """
+    shared, factors = share_scales(tensor.scale)
+    return _for_rows(tensor, factors), _for_rows(tensor, shared[None])[0]
+
+
+def _for_rows(tensor: TernaryTensor, scale: npt.NDArray[_T]) -> npt.NDArray[_T]:
     n, _ = tensor.shape
-    planes, _, groups = tensor.scale.shape
-    out = np.zeros((planes, groups, -(-n // LANES) * LANES), dtype=np.float32)
-    out[:, :, :n] = np.broadcast_to(tensor.scale, (planes, n, groups)).transpose(0, 2, 1)
+    planes, _, groups = scale.shape
+    out = np.zeros((planes, groups, -(-n // LANES) * LANES), dtype=scale.dtype)
+    out[:, :, :n] = np.broadcast_to(scale, (planes, n, groups)).transpose(0, 2, 1)
     return out
 
 

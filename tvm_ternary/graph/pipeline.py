@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
 from tvm_ternary.schedule.cpu import schedule_module
+from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
 
 
@@ -49,6 +50,7 @@ def lower(
     target: Target,
     *,
     bind_weights: bool,
+    logs: Sequence[TuningLog] = (),
     dump: Callable[[str, tvm.IRModule], None] = lambda phase, module: None,
 ) -> LoweredModel:
     """Run the phases.
@@ -60,11 +62,13 @@ def lower(
     target : Target
     bind_weights : bool
         Whether weights become constants of the module; otherwise they stay parameters of ``main``.
+    logs : sequence of TuningLog
+        Where to look for tuned schedules, in order of precedence.
     dump : callable
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
-    ternary = ternarize(module, params, layers, target.tier)
+    ternary = ternarize(module, params, layers, target.tier, logs)
     dump("ternarize", ternary.module)
     module = _bind(ternary) if bind_weights else ternary.module
     dump("bind", module)
@@ -73,7 +77,7 @@ def lower(
     module, schedules = schedule_module(module, tvm.target.Target(target.tvm))
     dump("schedule", module)
     names = {var.name_hint for var, func in module.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
-    ours = {name: f"rule:{ternary.sources.get(name, 'activations')}" for name in ternary.kernels}
+    ours = {name: ternary.sources.get(name, "rule:activations") for name in ternary.kernels}
     return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(names)})
 
 

@@ -31,16 +31,17 @@ _BITS = 32
 
 
 def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
-    """Absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, G) int32, x_scale (M, G) float32.
+    """Absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, S) int32, x_scale (M, G) float32.
 
     A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a
-    group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)), x_sum the sum of its x_q. The error of
-    a value is at most x_scale / 2. NaN or infinity makes x_scale not finite, and so all of its group's results.
+    group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)); x_sum holds the sum of each segment's
+    x_q. The error of a value is at most x_scale / 2. NaN or infinity makes x_scale not finite, and so all of its
+    group's results.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
         x_q = T.arg("x_q", T.buffer((m, shape.padded_k(16)), "int8"))
-        x_sum = T.arg("x_sum", T.buffer((m, shape.groups), "int32"))
+        x_sum = T.arg("x_sum", T.buffer((m, shape.segments(16)), "int32"))
         x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
 
         def row(i: Expr) -> None:
@@ -58,17 +59,23 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
                 absmax = T.reinterpret("float32", peaks[0])
                 T.buffer_store(x_scale, absmax / T.float32(127), [i, g])
                 T.buffer_store(inverse, T.float32(127) / absmax, [0])
-                _fill(sums, T.int32(0))
 
-                def value(k: Expr, at: Expr, lane: Expr, width: int) -> None:
-                    scaled = x[i, start + k] * _splat(inverse[0], width)
-                    q = T.Cast(_lanes("int32", width), _round(scaled, width))
-                    T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
-                    T.buffer_store(sums, sums[lane] + q, [lane])
+                def segment(sg: Expr, first: Expr, count: int) -> None:
+                    """Round ``count`` values from k = ``first`` of the group on."""
+                    _fill(sums, T.int32(0))
 
-                _blocks(shape, g, size, value, lambda at: T.buffer_store(x_q, T.int8(0), [i, at]))
-                _across(sums, lambda a, b: a + b)
-                T.buffer_store(x_sum, sums[0], [i, g])
+                    def value(k: Expr, at: Expr, lane: Expr, width: int) -> None:
+                        scaled = x[i, start + first + k] * _splat(inverse[0], width)
+                        q = T.Cast(_lanes("int32", width), _round(scaled, width))
+                        T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
+                        T.buffer_store(sums, sums[lane] + q, [lane])
+
+                    width = shape.segment_blocks(LANES) * LANES
+                    _blocks(sg * width, width, count, value, lambda at: T.buffer_store(x_q, T.int8(0), [i, at]))
+                    _across(sums, lambda a, b: a + b)
+                    T.buffer_store(x_sum, sums[0], [i, sg])
+
+                _for_segments(shape, g, size, segment)
 
             _for_groups(shape, group)
 
@@ -83,7 +90,7 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
     1-3); x_scale is the mean |x| of the others, which minimises the squared error for these trits (Li et al. 2016, eq.
     5). Where the sum of |x| is not finite, x_scale is NaN.
     """
-    words = shape.groups * shape.group_blocks(_BITS)
+    words = shape.padded_k(_BITS) // _BITS
     with _function("quantize_rows_ternary") as built:
         m, x = _rows_in(shape.k)
         x_bits = T.arg("x_bits", T.buffer((m, words, 2), "uint32"))
@@ -121,9 +128,10 @@ def padded_rows(shape: MatmulShape) -> tirx.PrimFunc:
         out = T.arg("x_padded", T.buffer((m, shape.padded_k(16)), "float32"))
 
         def group(i: Expr, g: Expr, size: int) -> None:
+            width = shape.padded_k(LANES) // shape.groups
             _blocks(
-                shape,
-                g,
+                g * width,
+                width,
                 size,
                 lambda k, at, lane, width: T.buffer_store(out, x[i, g * shape.group_size + k], [i, at]),
                 lambda at: T.buffer_store(out, T.float32(0), [i, at]),
@@ -172,29 +180,47 @@ def _for_groups(shape: MatmulShape, emit: Callable[[Expr, int], None]) -> None:
     emit(tirx.const(shape.groups - 1, "int32"), last)
 
 
+def _for_segments(shape: MatmulShape, g: Expr, size: int, emit: Callable[[Expr, Expr, int], None]) -> None:
+    """Run ``emit(segment, its first k in the group, count)`` for each segment of a group of ``size`` values.
+
+    Whole ones first, then the one that is cut short, then those that hold nothing.
+    """
+    splits, width = shape.splits(LANES), shape.segment_blocks(LANES) * LANES
+    whole, rest = divmod(size, width)
+    if splits == 1:
+        emit(g, 0, size)
+        return
+    with T.serial(0, whole) as s:
+        emit(g * splits + s, s * width, width)
+    if rest:
+        emit(g * splits + whole, whole * width, rest)
+    with T.serial(whole + (1 if rest else 0), splits) as s:
+        emit(g * splits + s, s * width, 0)
+
+
 def _blocks(
-    shape: MatmulShape,
-    g: Expr,
+    start: Expr,
+    width: int,
     size: int,
     value: Callable[[Expr, Expr, Expr, int], None],
     zero: Callable[[Expr], None],
 ) -> None:
-    """Visit one group: ``value(k in the group, place, lane, width)`` for what is there, ``zero(place)`` behind.
+    """Visit ``width`` places from ``start`` on: ``value(k, place, lane, width)`` for ``size`` values, ``zero(place)``
+    behind them.
 
     The indices of a whole block are ramps of sixteen, those of what is left single numbers: width is 16 or 1.
     """
-    width = shape.group_blocks(LANES) * LANES
     whole = size // LANES
     if whole:
         with T.serial(0, whole) as b:
-            at = g * width + b * LANES
+            at = start + b * LANES
             value(tirx.Ramp(b * LANES, 1, LANES), tirx.Ramp(at, 1, LANES), tirx.Ramp(0, 1, LANES), LANES)
     if size % LANES:
         with T.serial(0, size % LANES) as lane:
-            value(whole * LANES + lane, g * width + whole * LANES + lane, lane, 1)
+            value(whole * LANES + lane, start + whole * LANES + lane, lane, 1)
     if width > size:
         with T.serial(size, width) as k:
-            zero(g * width + k)
+            zero(start + k)
 
 
 def _fold(
@@ -243,7 +269,7 @@ def _across(lanes: Expr, combine: Callable[[Expr, Expr], Expr]) -> None:
 
 def _pack_words(shape: MatmulShape, g: Expr, size: int, x: Expr, x_bits: Expr, i: Expr, limit: Expr) -> None:
     """The two planes of one group: 32 comparisons at a time become a word by an or across the lanes."""
-    words, whole = shape.group_blocks(_BITS), size // _BITS
+    words, whole = shape.segment_blocks(_BITS), size // _BITS
 
     if whole:
         bits = T.shift_left(T.broadcast(T.uint32(1), _BITS), T.Cast(f"uint32x{_BITS}", tirx.Ramp(0, 1, _BITS)))

@@ -25,7 +25,7 @@ def _product(b: dict[str, Expr], row: Expr, p: Expr, nb: Expr, kw: Expr, lane: E
 
 
 def _words(shape: MatmulShape) -> int:
-    return shape.groups * shape.group_blocks(BLOCK)
+    return shape.padded_k(BLOCK) // BLOCK
 
 
 A1 = MatmulKernel(
@@ -37,10 +37,13 @@ A1 = MatmulKernel(
         Operand("x_scale", "float32", lambda shape, m: (m,)),
     ),
     weight=Operand("bits", "uint32", lambda shape, m: (shape.planes, shape.blocks, _words(shape), 2, LANES)),
+    scales=lambda shape: (
+        Operand("scale", "float32", lambda shape, m: (shape.planes, shape.groups, shape.blocks * LANES)),
+    ),
     accumulator="int32",
     steps=(),
     multiply_add=_product,
-    group_value=lambda b, acc, row, g: T.Cast("float32", acc),
+    term=lambda b, acc, at: b["scale"][at.plane, at.group, at.column] * T.Cast("float32", acc),
     row_scale=lambda b, row: b["x_scale"][row],
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_ternary.formats import LANES, TernaryTensor
+from tvm_ternary.formats import LANES, TernaryTensor, group_segments
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -48,13 +48,21 @@ class MatmulShape:
         """Blocks of 16 out_features."""
         return ceil_div(self.n, LANES)
 
-    def group_blocks(self, block: int) -> int:
-        """Blocks of ``block`` k's that hold one group, its padding included."""
-        return ceil_div(self.group_size, block)
+    def splits(self, block: int) -> int:
+        """Segments of one group: the stretches of K that a kernel with blocks of ``block`` k's sums at once."""
+        return group_segments(self.group_size, block)[0]
+
+    def segments(self, block: int) -> int:
+        """Segments of all groups."""
+        return self.groups * self.splits(block)
+
+    def segment_blocks(self, block: int) -> int:
+        """Blocks of ``block`` k's that hold one segment, its padding included."""
+        return group_segments(self.group_size, block)[1]
 
     def padded_k(self, block: int) -> int:
-        """Length of a row of activations once each group is padded to whole blocks."""
-        return self.groups * self.group_blocks(block) * block
+        """Length of a row of activations once each group is padded to whole segments."""
+        return self.segments(block) * self.segment_blocks(block) * block
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Variant:
-    """A tile and the largest M it serves; None serves every M."""
+    """One way to run a matmul and the largest M it serves; None serves every M.
+
+    Attributes
+    ----------
+    tile : Tile
+    max_rows : int, optional
+    panel : bool
+        Whether the weights of a tile are decoded to bytes once for all rows, planes summed, rather than in registers
+        for each tile of rows. For kernels that have a panel.
+    threads : str
+        What is spread over threads: ``n``, tiles of out_features; ``m``, chunks of rows; ``one``, nothing.
+    """
 
     tile: Tile
     max_rows: int | None
+    panel: bool = False
+    threads: str = "n"
 
     def serves(self, rows: int) -> bool:
         """Whether M = ``rows`` is within this variant's range."""
         return self.max_rows is None or rows <= self.max_rows
+
+    @property
+    def chunk(self) -> int | None:
+        """Rows taken at a time: a whole number of tiles; None takes all of them at once."""
+        if self.threads == "m":
+            return ceil_div(64, self.tile.rows) * self.tile.rows
+        return ceil_div(256, self.tile.rows) * self.tile.rows if self.panel else None

@@ -12,10 +12,11 @@ from typing import Any
 import numpy.typing as npt
 from tvm import tirx
 
-from tvm_ternary.formats import TernaryTensor, pack_bits, pack_codes
+from tvm_ternary.formats import TernaryTensor, pack_bits, pack_codes, pack_scale, pack_shared
 from tvm_ternary.kernels.activations import int8_rows, padded_rows, ternary_rows
 from tvm_ternary.kernels.bits import A1
-from tvm_ternary.kernels.codes import A8, A32
+from tvm_ternary.kernels.float32 import A32
+from tvm_ternary.kernels.int8 import A8
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape
 
@@ -28,7 +29,8 @@ class TernaryKernel:
     ----------
     matmul : MatmulKernel
     pack : callable
-        TernaryTensor -> the packed weight.
+        TernaryTensor -> the packed weight and its scales by name: what the matmul reads between its activations and
+        the epilogue's operands, in order.
     rows : callable
         MatmulShape -> the function that makes the matmul's activations of x (M, K) float32.
     reads_rows_directly : callable
@@ -36,14 +38,28 @@ class TernaryKernel:
     """
 
     matmul: MatmulKernel
-    pack: Callable[[TernaryTensor], npt.NDArray[Any]]
+    pack: Callable[[TernaryTensor], dict[str, npt.NDArray[Any]]]
     rows: Callable[[MatmulShape], tirx.PrimFunc]
     reads_rows_directly: Callable[[MatmulShape], bool]
 
 
+def _pack_a32(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
+    return {"codes": pack_codes(weight), "scale": pack_scale(weight)}
+
+
+def _pack_a8(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
+    factor, scale = pack_shared(weight)
+    factors = {"factor": factor} if weight.num_planes > 1 else {}
+    return {"codes": pack_codes(weight), **factors, "scale": scale}
+
+
+def _pack_a1(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
+    return {"bits": pack_bits(weight), "scale": pack_scale(weight)}
+
+
 KERNELS: dict[int, TernaryKernel] = {
-    32: TernaryKernel(A32, pack_codes, padded_rows, lambda shape: shape.padded_k(A32.block) == shape.k),
-    8: TernaryKernel(A8, pack_codes, int8_rows, lambda shape: False),
-    1: TernaryKernel(A1, pack_bits, ternary_rows, lambda shape: False),
+    32: TernaryKernel(A32, _pack_a32, padded_rows, lambda shape: shape.padded_k(A32.block) == shape.k),
+    8: TernaryKernel(A8, _pack_a8, int8_rows, lambda shape: False),
+    1: TernaryKernel(A1, _pack_a1, ternary_rows, lambda shape: False),
 }
 """Bits of an activation to kernel."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import Scheme
+from tvm_ternary.formats import Scheme, padded_k
 
 GROUPS: dict[str, str] = {
     "all": r"",
@@ -120,10 +120,11 @@ def packed_bits(shape: tuple[int, int], scheme: Scheme) -> int:
     """Bits of the packed planes and their scales as a kernel reads them, padding counted."""
     n, k = shape
     block = 32 if scheme.activation_bits == 1 else 16
-    groups = scheme.granularity.groups(k)
-    padded = groups * -(-scheme.granularity.group_size(k) // block) * block
+    groups, padded = padded_k(k, scheme.granularity, block)
     rows = -(-n // 16) * 16
-    return scheme.planes * rows * (2 * padded + 32 * groups)
+    shared = scheme.activation_bits == 8 and scheme.planes > 1
+    scales = 32 + 8 * scheme.planes if shared else 32 * scheme.planes
+    return rows * groups * (2 * padded * scheme.planes + scales)
 
 
 def _entry(text: str, default: Scheme) -> tuple[str, Scheme]:

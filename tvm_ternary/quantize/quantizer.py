@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import LayoutError, ModelError, OptionError
+from tvm_ternary.formats.factors import with_shared_scales
 from tvm_ternary.formats.granularity import Granularity, PerTensor, row_blocks
 from tvm_ternary.formats.planes import pack_planes, plane_words
 from tvm_ternary.formats.scheme import Scheme
@@ -39,7 +40,8 @@ def quantize(
     array : (N, K) array_like, float or integer
         Rounded to float32 first.
     scheme : str or Scheme
-        For example ``"t2a8g128"``. Activation bits make no difference here.
+        For example ``"t2a8g128"``. With int8 activations, the scales of several planes are moved to the nearest ones
+        with whole ratios (`formats.share_scales`), which the kernels multiply as integers.
     method : str
         A key of `METHODS`.
     name : str
@@ -68,7 +70,8 @@ def quantize(
     ternarize = _bind(method, options)
     matrix = np.asarray(array)
     _check_matrix(matrix, name)
-    return recognise(matrix, (scheme.granularity,)) or _quantize_blocks(matrix, scheme, ternarize)
+    weight = recognise(matrix, (scheme.granularity,)) or _quantize_blocks(matrix, scheme, ternarize)
+    return with_shared_scales(weight) if scheme.activation_bits == 8 else weight
 
 
 def quantization_error(w: npt.NDArray[Any], tensor: TernaryTensor) -> float:

@@ -99,6 +99,9 @@ class LayerInfo:
         Frobenius norm of (ternary - float) over that of float.
     reason : str or None
         Why it stayed float.
+    epilogue : str or None
+        What its kernel does to a product before storing it (``bias + gelu + residual``); with several uses that
+        differ, each, after a semicolon. None where it does nothing.
     """
 
     name: str
@@ -111,6 +114,7 @@ class LayerInfo:
     schedule: str
     error: float | None
     reason: str | None
+    epilogue: str | None = None
 
 
 @dataclass(frozen=True)

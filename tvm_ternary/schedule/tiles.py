@@ -6,6 +6,16 @@ A file lists variants in ascending order of ``max_rows``; the last has none and 
     max_rows = 1     # serves M <= 1
     rows = 1         # rows of activations in a tile
     blocks = 4       # blocks of 16 out_features in a tile
+    panel = false    # whether weights are decoded once for all rows (see `kernels.shape.Variant`); false if left out
+
+perhaps ``[[stacked]]`` tables, which take the place of these where there are several planes, and what tuning may try
+instead, whole numbers::
+
+    [space]
+    rows = [1, 2, 4]
+    blocks = [1, 2, 3]
+    panel = [0, 1]
+    threads = [0, 1]  # 0 spreads tiles of out_features over threads, 1 chunks of rows, 2 nothing
 
 A tier without a file of its own takes the one of ``portable``.
 """
@@ -13,7 +23,8 @@ A tier without a file of its own takes the one of ``portable``.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,15 +38,24 @@ else:
     import tomli as tomllib
 
 PACKAGE = Path(__file__).resolve().parent.parent
+DECISIONS = {"rows": 1, "blocks": 1, "panel": 0, "threads": 0}
+"""What tuning decides, and the least value of each."""
+
 _FOLDERS = (PACKAGE / "_schedules", PACKAGE.parent / "schedules")  # inside a wheel; in a source tree
 
 
 @dataclass(frozen=True)
 class TileTable:
-    """The variants of one kernel on one tier, and where they were read: ``<tier>/<kernel>.toml``."""
+    """The variants of one kernel on one tier, what tuning may try, and the file: ``<tier>/<kernel>.toml``."""
 
     variants: tuple[Variant, ...]
+    stacked: tuple[Variant, ...]
     source: str
+    space: Mapping[str, tuple[int, ...]] = field(hash=False)
+
+    def of(self, planes: int) -> tuple[Variant, ...]:
+        """The variants for that many planes."""
+        return self.stacked if planes > 1 else self.variants
 
 
 @cache
@@ -58,22 +78,45 @@ def load_tiles(kernel: str, tier: str) -> TileTable:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(str(path), f"not valid TOML: {error}") from error
-    return TileTable(_variants(path, table), f"{path.parent.name}/{path.name}")
+    space, stacked = table.pop("space", {}), table.pop("stacked", None)
+    variants = _variants(path, table)
+    several = _variants(path, {"variant": stacked}) if stacked is not None else variants
+    return TileTable(variants, several, f"{path.parent.name}/{path.name}", _space(path, space))
+
+
+def _space(path: Path, space: Any) -> dict[str, tuple[int, ...]]:
+    """Candidates of every decision; one that is left out has its least value alone."""
+    if isinstance(space, dict) and set(space) <= set(DECISIONS):
+        whole = {name: space.get(name, [least]) for name, least in DECISIONS.items()}
+        if all(_candidates(values, DECISIONS[name]) for name, values in whole.items()):
+            return {name: tuple(dict.fromkeys(values)) for name, values in whole.items()}
+    decisions = ", ".join(f"{name} (from {least})" for name, least in DECISIONS.items())
+    raise OptionError(str(path), f"[space] is {space}; expected lists of whole numbers: {decisions}")
+
+
+def _candidates(values: Any, least: int) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(v) is int and v >= least for v in values)
 
 
 def _variants(path: Path, table: dict[str, Any]) -> tuple[Variant, ...]:
-    expected = "expected [[variant]] tables with rows, blocks and, in all but the last, an ascending max_rows"
+    expected = (
+        "expected [[variant]] tables with rows, blocks, perhaps panel, and ascending max_rows in all but the last"
+    )
     rows = table.get("variant")
     if set(table) != {"variant"} or not isinstance(rows, list) or not rows:
         raise OptionError(str(path), f"got keys {sorted(table)}; {expected}")
     variants = []
     for index, row in enumerate(rows):
-        last = index == len(rows) - 1
-        keys = {"rows", "blocks"} if last else {"rows", "blocks", "max_rows"}
-        if not isinstance(row, dict) or set(row) != keys or not all(type(v) is int and v > 0 for v in row.values()):
+        limit = set() if index == len(rows) - 1 else {"max_rows"}
+        if not isinstance(row, dict) or set(row) - {"panel"} != {"rows", "blocks"} | limit or not _sound(row):
             raise OptionError(str(path), f"variant {index} is {row}; {expected}")
-        variants.append(Variant(Tile(row["rows"], row["blocks"]), row.get("max_rows")))
+        variants.append(Variant(Tile(row["rows"], row["blocks"]), row.get("max_rows"), row.get("panel", False)))
     limits = [v.max_rows for v in variants[:-1] if v.max_rows is not None]
     if limits != sorted(set(limits)):
         raise OptionError(str(path), f"max_rows are {limits}; {expected}")
     return tuple(variants)
+
+
+def _sound(row: dict[str, Any]) -> bool:
+    numbers = (value for key, value in row.items() if key != "panel")
+    return all(type(value) is int and value > 0 for value in numbers) and type(row.get("panel", False)) is bool

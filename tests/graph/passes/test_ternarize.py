@@ -12,7 +12,6 @@ from tvm import relax
 from tvm.relax import op
 
 from tests.graph.passes.small_graphs import compiled, make_module, make_ternary, operands, operators, random
-from tvm_ternary.formats import pack_bits, pack_codes, pack_scale
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.kernels.table import KERNELS
@@ -103,7 +102,7 @@ def test_a_bias_is_added_by_the_kernel(swapped: bool) -> None:
 
 @pytest.mark.parametrize(
     "bias",
-    [random(1, N), random(1), random(4, N), np.float32(1), np.zeros((1, 1, N), np.float32)],
+    [random(1, N), random(1), random(4, 1), np.float32(1), np.zeros((1, 1, N), np.float32)],
     ids=lambda bias: str(np.shape(bias)),
 )
 def test_a_constant_of_another_shape_is_added_by_itself(bias: np.ndarray) -> None:
@@ -155,11 +154,10 @@ def test_a_weight_used_twice_is_packed_once(scheme: str) -> None:
 
     ternary = make_ternary(make_module({"x": ("m", K), "z": (2, K)}, {"w": W}, build), {"w": W}, {"w": scheme})
     layer = TernaryLayer(quantize(W.T, scheme), int(scheme[3:].partition("g")[0]))
-    layout = layer.kernel.matmul.layout
-    pack = pack_bits if layout == "bits" else pack_codes
-    assert list(ternary.params) == [f"w.{layout}", "w.scale"]
-    np.testing.assert_array_equal(ternary.params[f"w.{layout}"], pack(layer.weight))
-    np.testing.assert_array_equal(ternary.params["w.scale"], pack_scale(layer.weight))
+    packed = layer.kernel.pack(layer.weight)
+    assert list(ternary.params) == [f"w.{part}" for part in packed]
+    for part, array in packed.items():
+        np.testing.assert_array_equal(ternary.params[f"w.{part}"], array)
     assert [var.name for var in ternary.module["main"].params] == ["x", "z", *ternary.params]
     x, z = random(3, K, seed=5), random(2, K, seed=6)
     got = compiled(ternary)(x, z)
@@ -191,6 +189,40 @@ def test_activations_are_prepared_once_for_each_way_they_are_read() -> None:
     assert sum(name.startswith("rows_") for name in names) == 2
     names = operators(attention_like({"q": "t1a8", "k": "t1a1", "v": "t1a32"}))
     assert sorted(name.partition("_a")[2] for name in names if name.startswith("rows_")) == ["1", "8"]
+
+
+def attention(heads: int, scheme: str) -> tvm.IRModule:
+    """An attention layer as torch exports it, lowered: three projections with biases, heads, an output projection."""
+    params = {name: random(K, K, seed=i) for i, name in enumerate("qkvo")}
+
+    def build(emit: Any, x: relax.Var, q: relax.Var, k: relax.Var, v: relax.Var, o: relax.Var) -> list[relax.Expr]:
+        batch, length, _ = x.ty.shape.values
+        h = emit(op.nn.relu(x))
+
+        def project(weight: relax.Var, axes: list[int]) -> relax.Var:
+            y = emit(op.add(emit(op.matmul(h, weight)), relax.const(random(K))))
+            return emit(op.permute_dims(emit(op.reshape(y, (batch, length, heads, K // heads))), axes))
+
+        scores = emit(op.nn.softmax(emit(op.matmul(project(q, [0, 2, 1, 3]), project(k, [0, 2, 3, 1])))))
+        y = emit(op.permute_dims(emit(op.matmul(scores, project(v, [0, 2, 1, 3]))), [0, 2, 1, 3]))
+        y = emit(op.matmul(emit(op.reshape(y, (batch, length, K))), o))
+        return [emit(op.add(emit(op.add(y, relax.const(random(K)))), h))]
+
+    ternary = make_ternary(make_module({"x": ("b", "l", K)}, params, build), params, dict.fromkeys(params, scheme))
+    return lower_graph_ops(ternary.module)
+
+
+@pytest.mark.parametrize("scheme", ["t2a8g16", "t1a1"])
+def test_queries_keys_and_values_share_one_quantization_of_their_activations(scheme: str) -> None:
+    names = operators(attention(4, scheme))
+    kind = scheme[2:].partition("g")[0]
+    assert sorted(name for name in names if name.startswith(("rows", "ternary"))) == [
+        *[f"rows_{kind}"] * 2,
+        *[f"ternary_matmul_{kind}"] * 3,
+        f"ternary_matmul_{kind}_residual",
+    ]
+    # The rows of the three are prepared before the first of them is multiplied, and not again.
+    assert names.index(f"rows_{kind}") < names.index(f"ternary_matmul_{kind}")
 
 
 def test_matrices_of_one_size_share_a_function() -> None:
@@ -257,6 +289,5 @@ def test_it_says_which_function_is_which_kernel(bits: int) -> None:
 
 def test_a_layer_knows_its_packed_size() -> None:
     layer = TernaryLayer(quantize(W.T, "t3a8g20"), 8)
-    packed = pack_codes(layer.weight)
-    assert layer.packed_bytes == packed.nbytes + pack_scale(layer.weight).nbytes
+    assert layer.packed_bytes == sum(array.nbytes for array in layer.kernel.pack(layer.weight).values())
     assert str(layer.scheme) == "t3a8g20"

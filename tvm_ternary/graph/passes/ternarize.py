@@ -1,14 +1,14 @@
 """Replace multiplications by planned matrices with calls to ternary kernels.
 
-Before: ``matmul(x, W)`` with W a parameter of ``main``, perhaps ``add(matmul(x, W), bias)``. After: the rows of x
-prepared by one call, multiplied by another that takes the packed planes and scales as parameters and adds the bias.
-Everything else, and every matrix the plan leaves float, stays as it was.
+Before: ``matmul(x, W)`` with W a parameter of ``main``, perhaps with a bias, an activation function and a residual
+behind it. After: the rows of x prepared by one call, multiplied by another that takes the packed planes and scales as
+parameters and does the rest before it stores its result. Everything else, and every matrix the plan leaves float,
+stays as it was.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax
+from tvm_ffi import structural_equal
 
-from tvm_ternary.formats import Scheme, TernaryTensor, pack_scale
+from tvm_ternary.formats import Scheme, TernaryTensor
+from tvm_ternary.graph.passes.fuse_epilogues import Product, fuse_epilogues
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import KERNELS, TernaryKernel
 from tvm_ternary.quantize.plan import packed_bits
+from tvm_ternary.schedule.records import TuningLog
+from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.schedule.tiles import load_tiles
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,32 @@ class TernaryModule:
     module : tvm.IRModule
         ``main`` takes the model's inputs, then the parameters in order.
     params : dict of str to ndarray
-        Values of the parameters: float matrices that stayed, packed planes (``NAME.codes`` or ``NAME.bits``) and
-        ``NAME.scale``.
+        Values of the parameters: float matrices that stayed, and what each ternary matrix became
+        (``NAME.codes`` or ``NAME.bits``, ``NAME.scale``, with several planes perhaps ``NAME.factor``).
     sources : dict of str to str
-        For each ternary function, the schedule file that its tiles come from.
+        For each ternary function, where its schedule comes from (see `schedule.tasks.Choice`).
+    matrices : dict of str to str
+        The same for each matrix; of several uses, each that differs.
     kernels : dict of str to str
         For each function added here, the kernel it is.
+    epilogues : dict of str to tuple of Epilogue
+        For each matrix, what its kernel does to the products before it stores them; one for each use of the matrix.
     """
 
     module: tvm.IRModule
     params: dict[str, npt.NDArray[Any]]
     sources: dict[str, str]
+    matrices: dict[str, str]
     kernels: dict[str, str]
+    epilogues: dict[str, tuple[Epilogue, ...]]
 
 
 def ternarize(
-    module: tvm.IRModule, params: Mapping[str, npt.NDArray[Any]], layers: Mapping[str, TernaryLayer], tier: str
+    module: tvm.IRModule,
+    params: Mapping[str, npt.NDArray[Any]],
+    layers: Mapping[str, TernaryLayer],
+    tier: str,
+    logs: Sequence[TuningLog] = (),
 ) -> TernaryModule:
     """Apply the replacement to ``main``.
 
@@ -88,8 +101,10 @@ def ternarize(
         The matrices to replace; a subset of ``params``.
     tier : str
         ISA tier of the target.
+    logs : sequence of TuningLog
+        Where to look for tuned schedules, in order of precedence.
     """
-    rewriter = _Rewriter(module, params, layers, tier)
+    rewriter = _Rewriter(module, params, layers, tier, logs)
     return rewriter.run()
 
 
@@ -101,57 +116,69 @@ class _Rewriter(relax.PyExprMutator):
         params: Mapping[str, npt.NDArray[Any]],
         layers: Mapping[str, TernaryLayer],
         tier: str,
+        logs: Sequence[TuningLog],
     ) -> None:
         super().__init__(module)
+        self.logs = logs
         self.module, self.params, self.layers, self.tier = module, params, layers, tier
         self.main = module["main"]
-        self.packed: dict[str, tuple[relax.Var, relax.Var]] = {}
+        self.packed: dict[str, tuple[relax.Var, ...]] = {}
         self.values: dict[str, npt.NDArray[Any]] = {}
         self.sources: dict[str, str] = {}
+        self.matrices: dict[str, dict[str, None]] = {}
         self.kernels: dict[str, str] = {}
-        self.biased = _biased_matmuls(self.main, set(layers))
-        self.skipped = {matmul for matmul, _ in self.biased.values()}
+        products = fuse_epilogues(self.main, layers)
+        self.products = {product.result: product for product in products}
+        self.inner = frozenset[relax.Var]().union(*(product.inner for product in products))
 
     def run(self) -> TernaryModule:
         count = len(self.main.params) - len(self.params)
         inputs, floats = list(self.main.params[:count]), list(self.main.params[count:])
         body = self.visit_expr(self.main.body)
         kept = [var for var in floats if var.name not in self.layers]
-        planes = [var for pair in self.packed.values() for var in pair]
+        planes = [var for constants in self.packed.values() for var in constants]
         function = relax.Function([*inputs, *kept, *planes], body, self.main.ret_ty, self.main.is_pure)
         function = function.with_attr("global_symbol", "main").with_attr("num_input", count)
         result = self.builder_.get()
         result["main"] = function
         values = {var.name: self.params[var.name] for var in kept} | self.values
-        return TernaryModule(result, values, self.sources, self.kernels)
+        matrices = {name: "; ".join(sources) for name, sources in self.matrices.items()}
+        return TernaryModule(result, values, self.sources, matrices, self.kernels, self._epilogues())
+
+    def _epilogues(self) -> dict[str, tuple[Epilogue, ...]]:
+        products = self.products.values()
+        return {name: tuple(p.epilogue for p in products if p.matrix == name) for name in self.packed}
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        if binding.var in self.skipped:
+        if binding.var in self.inner:
             return
-        value, bias = binding.value, None
-        if binding.var in self.biased:
-            _, (value, bias) = self.biased[binding.var]
-        name = _matrix_name(value)
-        if name is None or name not in self.layers:
+        if binding.var not in self.products:
             super().visit_var_binding_(binding)
             return
-        x = self.visit_expr(value.args[0])
-        self.set_var_remap(binding.var, self.builder_.emit(self._multiply(x, name, bias)))
+        # Whatever the epilogue reads is bound by now: some operator up to this one read it.
+        self.set_var_remap(binding.var, self._multiply(self.products[binding.var]))
 
-    def _multiply(self, x: relax.Expr, name: str, bias: relax.Expr | None) -> relax.Expr:
-        """x (..., K) times a ternary matrix (N, K) transposed, in rows."""
-        layer = self.layers[name]
+    def _multiply(self, product: Product) -> relax.Var:
+        """x (..., K) times a ternary matrix (N, K) transposed, and what follows, in rows."""
+        layer = self.layers[product.matrix]
         shape = MatmulShape.of(layer.weight)
-        leading = list(x.ty.shape.values)[:-1]
-        m = _product(leading)
-        flat = x if len(leading) == 1 else self.builder_.emit(relax.op.reshape(x, (m, shape.k)))
-        activations = self._activations(flat, layer.kernel, shape, m)
-        function = self._matmul(layer.kernel, shape, m, bias is not None)
-        operands = [*activations, *self._planes(name, layer), *([bias] if bias is not None else [])]
-        result = relax.call_tir(function, operands, relax.TensorType((m, shape.n), "float32"))
-        if len(leading) == 1:
-            return result
-        return relax.op.reshape(self.builder_.emit(result), (*leading, shape.n))
+        x = self.visit_expr(product.x)
+        m = _product(list(x.ty.shape.values)[:-1])
+        activations = self._activations(self._reshaped(x, (m, shape.k)), layer.kernel, shape, m)
+        operands = [*activations, *self._constants(product.matrix, layer)]
+        if product.bias is not None:
+            operands.append(product.bias)
+        if product.residual is not None:
+            operands.append(self._reshaped(self.visit_expr(product.residual), (m, shape.n)))
+        function = self._matmul(layer, shape, m, product.epilogue)
+        self.matrices.setdefault(product.matrix, {})[self.sources[function.name_hint]] = None
+        rows = self.builder_.emit(relax.call_tir(function, operands, relax.TensorType((m, shape.n), "float32")))
+        return self._reshaped(rows, product.result.ty.shape.values)
+
+    def _reshaped(self, value: relax.Expr, dims: Sequence[Any]) -> relax.Expr:
+        shape = relax.ShapeExpr(dims)
+        same = structural_equal(value.ty.shape, shape)
+        return value if same else self.builder_.emit(relax.op.reshape(value, shape))
 
     def _activations(self, x: relax.Expr, kernel: TernaryKernel, shape: MatmulShape, m: Any) -> list[relax.Expr]:
         if kernel.reads_rows_directly(shape):
@@ -164,12 +191,13 @@ class _Rewriter(relax.PyExprMutator):
         rows = self.builder_.emit(relax.call_tir(function, [x], outputs))
         return [self.builder_.emit(relax.TupleGetItem(rows, i)) for i in range(len(outputs))]
 
-    def _matmul(self, kernel: TernaryKernel, shape: MatmulShape, m: Any, bias: bool) -> relax.GlobalVar:
-        tiles = load_tiles(kernel.matmul.name, self.tier)
-        rows = int(m) if isinstance(m, int) else None
-        function = matmul_function(kernel.matmul, shape, tiles.variants, self.tier, rows=rows, epilogue=Epilogue(bias))
-        added = self._add(function, f"ternary_{kernel.matmul.name}", kernel.matmul.name)
-        self.sources[added.name_hint] = tiles.source
+    def _matmul(self, layer: TernaryLayer, shape: MatmulShape, m: Any, epilogue: Epilogue) -> relax.GlobalVar:
+        rows, kernel = int(m) if isinstance(m, int) else None, layer.kernel.matmul
+        choice = choose_variants(layer.activation_bits, shape, self.tier, self.logs, rows)
+        function = matmul_function(kernel, shape, choice.variants, self.tier, rows=rows, epilogue=epilogue)
+        parts = ("ternary", kernel.name, epilogue.activation, "residual" if epilogue.residual else None)
+        added = self._add(function, "_".join(part for part in parts if part), kernel.name)
+        self.sources[added.name_hint] = choice.source
         return added
 
     def _add(self, function: tvm.tirx.PrimFunc, name: str, kernel: str) -> relax.GlobalVar:
@@ -178,60 +206,15 @@ class _Rewriter(relax.PyExprMutator):
         self.kernels[added.name_hint] = kernel
         return added
 
-    def _planes(self, name: str, layer: TernaryLayer) -> tuple[relax.Var, relax.Var]:
-        """The packed matrix as parameters; a matrix used twice is packed once."""
+    def _constants(self, name: str, layer: TernaryLayer) -> tuple[relax.Var, ...]:
+        """The packed matrix and its scales as parameters; a matrix used twice is packed once."""
         if name not in self.packed:
-            arrays = {
-                f"{name}.{layer.kernel.matmul.layout}": layer.kernel.pack(layer.weight),
-                f"{name}.scale": pack_scale(layer.weight),
-            }
-            planes, scale = (relax.Var(key, relax.TensorType(a.shape, str(a.dtype))) for key, a in arrays.items())
-            self.packed[name] = (planes, scale)
+            arrays = {f"{name}.{part}": array for part, array in layer.kernel.pack(layer.weight).items()}
+            self.packed[name] = tuple(
+                relax.Var(key, relax.TensorType(array.shape, str(array.dtype))) for key, array in arrays.items()
+            )
             self.values |= arrays
         return self.packed[name]
-
-
-def _matrix_name(value: relax.Expr) -> str | None:
-    """The parameter that ``matmul(x, W)`` multiplies by, None for anything else."""
-    if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.matmul"):
-        weight = value.args[1]
-        return weight.name if isinstance(weight, relax.Var) else None
-    return None
-
-
-def _biased_matmuls(
-    main: relax.Function, names: set[str]
-) -> dict[relax.Var, tuple[relax.Var, tuple[relax.Call, relax.Expr]]]:
-    """For each ``add`` of a constant vector (N,) to a planned matmul used nowhere else: the matmul's variable, call and
-    the bias."""
-    bindings = [binding for block in main.body.blocks for binding in block.bindings]
-    calls = {b.var: b.value for b in bindings if isinstance(b, relax.VarBinding) and _matrix_name(b.value) in names}
-    uses = _uses(main)
-    found = {}
-    for binding in bindings:
-        value = binding.value
-        if not isinstance(value, relax.Call) or value.op != tvm.ir.Op.get("relax.add"):
-            continue
-        for matmul, bias in ((value.args[0], value.args[1]), (value.args[1], value.args[0])):
-            if matmul in calls and uses[matmul] == 1 and isinstance(bias, tvm.ir.GenericConst):
-                n = calls[matmul].args[1].ty.shape.values[1]
-                if list(bias.ty.shape.values) == [n] and bias.ty.dtype == "float32":
-                    found[binding.var] = (matmul, (calls[matmul], bias))
-    return found
-
-
-def _uses(main: relax.Function) -> Counter[relax.Var]:
-    uses: Counter[relax.Var] = Counter()
-
-    def visit(expr: relax.Expr) -> None:
-        if isinstance(expr, relax.Var):
-            uses[expr] += 1
-
-    for block in main.body.blocks:
-        for binding in block.bindings:
-            relax.analysis.post_order_visit(binding.value, visit)
-    relax.analysis.post_order_visit(main.body.body, visit)
-    return uses
 
 
 def _product(dims: list[Any]) -> Any:

@@ -1,0 +1,215 @@
+"""Ternary matmuls as tuning tasks: the workload, its space, and the code that a set of decisions stands for.
+
+The workload is the plain definition for one M. Its space is read from ``schedules/<tier>/<kernel>.toml``; a
+MetaSchedule trace samples each decision and writes it to the root block, and `realize` makes the scheduled function of
+such a module. So a record depends on what is computed, and not on how the schedule is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import tvm
+
+from tvm_ternary.kernels.matmul import define_matmul
+from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant, ceil_div
+from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.records import ANNOTATION, TuningLog, find_tuned
+from tvm_ternary.schedule.ternary import matmul_function
+from tvm_ternary.schedule.tiles import DECISIONS, load_tiles
+
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+"""The M's that tuning logs hold records of."""
+
+IDENTITY = "ternary.task"
+"""Attribute of a workload that says which task it is."""
+
+_THREADS = ("n", "m", "one")
+_FEW_TILES = 8
+_MANY_ROWS = 64
+# Waking a thread takes some microseconds, in which a core multiplies this often.
+_SERIAL = 1 << 21
+
+
+@dataclass(frozen=True)
+class MatmulTask:
+    """One ternary matmul of one M on one tier.
+
+    Attributes
+    ----------
+    activation_bits : int
+        Key of the kernel table.
+    shape : MatmulShape
+    rows : int
+        M.
+    tier : str
+    """
+
+    activation_bits: int
+    shape: MatmulShape
+    rows: int
+    tier: str
+
+    @property
+    def name(self) -> str:
+        """For people; unique among tasks of a tier."""
+        shape = self.shape
+        group = f"g{shape.group_size}" if shape.groups > 1 else ""
+        return f"t{shape.planes}a{self.activation_bits}{group} {shape.n}x{shape.k} m{self.rows}"
+
+    def workload(self) -> tvm.IRModule:
+        """The unscheduled module, one function ``main``; structurally equal each time."""
+        kernel = KERNELS[self.activation_bits].matmul
+        function = define_matmul(kernel, self.shape, (Variant(Tile(1, 1), None, threads="one"),), rows=self.rows)
+        return tvm.IRModule({"main": function.with_attr({"global_symbol": "main", IDENTITY: json.dumps(asdict(self))})})
+
+    @cached_property
+    def space(self) -> Mapping[str, tuple[int, ...]]:
+        """The candidates of each decision: those of the file that make sense for M, and the default."""
+        table = load_tiles(KERNELS[self.activation_bits].matmul.name, self.tier).space
+        candidates = dict(table)
+        candidates["rows"] = tuple(rows for rows in table["rows"] if rows <= self.rows)
+        if KERNELS[self.activation_bits].matmul.panel is None or self.rows == 1:
+            candidates["panel"] = (0,)
+        return {name: tuple(sorted({*values, self.default[name]})) for name, values in candidates.items()}
+
+    @cached_property
+    def default(self) -> Mapping[str, int]:
+        """The hand-chosen decisions."""
+        tiles = load_tiles(KERNELS[self.activation_bits].matmul.name, self.tier)
+        (variant,) = spread(tiles.of(self.shape.planes), self.shape, self.rows)
+        return {
+            "rows": variant.tile.rows,
+            "blocks": variant.tile.blocks,
+            "panel": int(variant.panel),
+            "threads": _THREADS.index(variant.threads),
+        }
+
+    def variant(self, decisions: Mapping[str, int]) -> Variant:
+        """What decisions mean, for any M."""
+        tile = Tile(decisions["rows"], decisions["blocks"])
+        return Variant(tile, None, bool(decisions["panel"]), _THREADS[decisions["threads"]])
+
+
+def realize(module: tvm.IRModule) -> tvm.IRModule:
+    """Make the scheduled module of a workload whose root block carries decisions.
+
+    Parameters
+    ----------
+    module : tvm.IRModule
+        A workload of `MatmulTask`, annotated.
+
+    Returns
+    -------
+    tvm.IRModule
+        With one function ``main`` of the same parameters.
+    """
+    main = module["main"]
+    identity = json.loads(main.attrs[IDENTITY])
+    task = MatmulTask(**(identity | {"shape": MatmulShape(**identity["shape"])}))
+    annotations = main.body.block.annotations
+    decisions = {name: int(annotations[ANNOTATION + name]) for name in DECISIONS}
+    kernel = KERNELS[task.activation_bits].matmul
+    function = matmul_function(kernel, task.shape, (task.variant(decisions),), task.tier, rows=task.rows)
+    return tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The variants that a matmul is built with, and where they come from, for the manifest.
+
+    Attributes
+    ----------
+    variants : tuple of Variant
+    source : str
+        ``rule:TIER/KERNEL.toml``, or the records: ``shipped:tuning_logs/TARGET#HASH,HASH``.
+    """
+
+    variants: tuple[Variant, ...]
+    source: str
+
+
+def choose_variants(
+    activation_bits: int, shape: MatmulShape, tier: str, logs: Sequence[TuningLog] = (), rows: int | None = None
+) -> Choice:
+    """Choose how a ternary matmul runs: as tuning logs say, else by the tile table.
+
+    Parameters
+    ----------
+    activation_bits : int
+        Key of the kernel table.
+    shape : MatmulShape
+    tier : str
+    logs : sequence of TuningLog
+        In order of precedence.
+    rows : int, optional
+        M where it is known.
+
+    Returns
+    -------
+    Choice
+        With records, a variant up to each M that has one serves the M's above the one before.
+    """
+    table = load_tiles(KERNELS[activation_bits].matmul.name, tier)
+    wanted = ROWS if rows is None else (rows, *(m for m in ROWS if m >= rows))
+    tuned: list[tuple[int, Variant]] = []
+    sources: list[str] = []
+    for m in wanted if logs else ():
+        task = MatmulTask(activation_bits, shape, m, tier)
+        found = find_tuned(task.workload(), task.space, logs)
+        if found is not None:
+            tuned.append((m, task.variant(found.decisions)))
+            sources.append(found.source)
+    if not tuned:
+        return Choice(spread(table.of(shape.planes), shape, rows), f"rule:{table.source}")
+    variants = [replace(variant, max_rows=m) for m, variant in tuned]
+    variants[-1] = replace(variants[-1], max_rows=None)
+    kept = [v for v, after in zip(variants, [*variants[1:], None], strict=True) if not _same(v, after)]
+    return Choice(tuple(kept), _join(sources))
+
+
+def _join(sources: list[str]) -> str:
+    """Name each log once, with the records that are used of it."""
+    tags: dict[str, dict[str, None]] = {}
+    for source in sources:
+        log, _, tag = source.rpartition("#")
+        tags.setdefault(log, {})[tag] = None
+    return ", ".join(f"{log}#{','.join(found)}" for log, found in tags.items())
+
+
+def _same(variant: Variant, after: Variant | None) -> bool:
+    return after is not None and replace(after, max_rows=variant.max_rows) == variant
+
+
+def spread(variants: tuple[Variant, ...], shape: MatmulShape, rows: int | None) -> tuple[Variant, ...]:
+    """Decide what of each variant is spread over threads.
+
+    Small products stay on one thread: a variant that serves both small and large M is divided where it pays. Few tiles
+    of out_features are too few for many threads, so that chunks of rows are spread instead where there are many.
+    """
+    if rows is not None:
+        variant = next(v for v in variants if v.serves(rows))
+        return (replace(variant, max_rows=None, threads=_threads(variant, shape, rows)),)
+    changes = (_SERIAL // (shape.n * shape.k * shape.planes), _MANY_ROWS - 1)
+    divided: list[Variant] = []
+    least = 1
+    for variant in variants:
+        most = variant.max_rows
+        ends = [end for end in sorted(changes) if least <= end and (most is None or end < most)]
+        for end in (*ends, most):
+            part = replace(variant, max_rows=end, threads=_threads(variant, shape, least))
+            if divided and _same(divided[-1], part):
+                divided.pop()
+            divided.append(part)
+            least = end + 1 if end is not None else least
+    return tuple(divided)
+
+
+def _threads(variant: Variant, shape: MatmulShape, rows: int) -> str:
+    if rows * shape.n * shape.k * shape.planes <= _SERIAL:
+        return "one"
+    few = ceil_div(shape.blocks, variant.tile.blocks) < _FEW_TILES
+    return "m" if few and rows >= _MANY_ROWS else "n"
