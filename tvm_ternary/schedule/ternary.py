@@ -50,17 +50,22 @@ def matmul_function(
     if rows is not None:
         variants = (next(v for v in variants if v.serves(rows)),)
     sch = Schedule(define_matmul(kernel, shape, variants, rows=rows, epilogue=epilogue))
-    used = {False: kernel, True: kernel.panel.matmul(shape) if kernel.panel else kernel}
-    intrinsics = {variant.panel: matmul_intrinsic(used[variant.panel], tier) for variant in variants}
     for index, variant in enumerate(variants):
-        decode = decode_intrinsic(kernel, shape.planes) if variant.panel else None
-        _schedule_variant(sch, str(index), variant, intrinsics[variant.panel], decode)
+        _schedule_variant(sch, str(index), variant, _intrinsics(kernel, shape, variant, tier))
     # 8 is TVM's "opaque" pattern: nothing is fused into a function that is already scheduled.
     return expand_vector_math(sch.mod["main"]).with_attr(SCHEDULED, 1).with_attr("op_pattern", 8)
 
 
-def _schedule_variant(sch: Schedule, suffix: str, variant: Variant, intrinsic: str, decode: str | None) -> None:
+def _intrinsics(kernel: MatmulKernel, shape: MatmulShape, variant: Variant, tier: str) -> tuple[str, str | None]:
+    """What multiplies a block, and what decodes one where there is a panel."""
+    if variant.panel and kernel.panel is not None:
+        return matmul_intrinsic(kernel.panel.matmul(shape), tier), decode_intrinsic(kernel, shape.planes)
+    return matmul_intrinsic(kernel, tier, ahead=variant.tile.rows == 1), None
+
+
+def _schedule_variant(sch: Schedule, suffix: str, variant: Variant, intrinsics: tuple[str, str | None]) -> None:
     """Apply the schedule above to the blocks of one variant."""
+    intrinsic, decode = intrinsics
     acc, total, y = (sch.get_sblock(name + suffix) for name in ("acc", "total", "y"))
     mo, mi, nb, lane, p, sg = sch.get_loops(total)
     nbo, nbi = sch.split(nb, [None, variant.tile.blocks])

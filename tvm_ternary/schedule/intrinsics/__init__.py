@@ -15,8 +15,8 @@ matmul_a8   avx2, sse4              the same on two 256-bit halves, on four 128-
 matmul_a8   portable                8 x (shift, and, 16-bit multiply, add), widened once a block
 a8_panel    any                     4 x a byte dot product, see `panel`
 matmul_a32  any                     16 x (shift, and, multiply-add), see `portable`
-matmul_a1   avx512-vnni, amx        and, xor, and, two population counts of words (32 k x 16 n)
-matmul_a1   any other               the same, with population counts of bytes, summed by a byte dot product
+matmul_a1   any                     and, xor, and, two population counts of bytes, summed by one or two byte dot
+                                    products (32 k x 16 n)
 ==========  ======================  ================================================================================
 
 AMX multiplies whole tiles of rows, so it is no implementation of these; see `amx`.
@@ -35,7 +35,7 @@ from tvm.tirx.script.builder import ir as B
 from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.schedule.intrinsics import arm, portable, x86
-from tvm_ternary.schedule.intrinsics.common import ByteDot, Emit, int8_block, ternary_block
+from tvm_ternary.schedule.intrinsics.common import ByteDot, Emit, int8_block, reading_ahead, ternary_block
 from tvm_ternary.schedule.intrinsics.panel import decode_intrinsic, panel_block
 
 __all__ = ["BYTE_DOTS", "IMPLEMENTATIONS", "ByteDot", "decode_intrinsic", "matmul_intrinsic"]
@@ -51,6 +51,9 @@ BYTE_DOTS: dict[str, ByteDot] = {
     "neon-dot": arm.DOT,
 }
 """Tier to its dot product of bytes, the common form of what its blocks are built on."""
+
+_ONE_INSTRUCTION = frozenset({"avx2-vnni", "avx512-vnni", "amx", "neon-dot"})
+"""Tiers whose dot product of bytes is a single instruction."""
 
 IMPLEMENTATIONS: dict[str, dict[str, Emit]] = {
     "matmul_a8": {
@@ -74,16 +77,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Emit]] = {
         "amx": portable.float32,
         "neon-dot": portable.float32,
     },
-    "matmul_a1": {
-        "portable": ternary_block(BYTE_DOTS["portable"]),
-        "sse4": ternary_block(BYTE_DOTS["sse4"]),
-        "avx2": ternary_block(BYTE_DOTS["avx2"]),
-        "avx2-vnni": ternary_block(BYTE_DOTS["avx2-vnni"]),
-        "avx512": ternary_block(BYTE_DOTS["avx512"]),
-        "avx512-vnni": portable.ternary,
-        "amx": portable.ternary,
-        "neon-dot": ternary_block(BYTE_DOTS["neon-dot"]),
-    },
+    "matmul_a1": {tier: ternary_block(dot, apart=tier in _ONE_INSTRUCTION) for tier, dot in BYTE_DOTS.items()},
 }
 """Kernel to tier to implementation; every tier has a row."""
 
@@ -91,10 +85,15 @@ _WEIGHT_BLOCKS = {"bits": (2, LANES), "codes": (LANES,), "panel": (4, LANES, 4)}
 
 
 @cache
-def matmul_intrinsic(kernel: MatmulKernel, tier: str) -> str:
-    """Register the intrinsic of ``kernel`` for ``tier`` and return its name."""
-    name = f"ternary.{kernel.name}.{tier}"
+def matmul_intrinsic(kernel: MatmulKernel, tier: str, *, ahead: bool = False) -> str:
+    """Register the intrinsic of ``kernel`` for ``tier`` and return its name.
+
+    With ``ahead`` it also prefetches the weights of a later block. That is for tiles of one row: LLVM takes a prefetch
+    for a change of what it points to, and would load and decode a block again for every further row.
+    """
+    name = f"ternary.{kernel.name}.{tier}{'.ahead' if ahead else ''}"
     emit = IMPLEMENTATIONS[kernel.name][tier]
+    emit = reading_ahead(emit) if ahead else emit
     TensorIntrin.register(name, _function(kernel, _describe(kernel)), _function(kernel, emit), override=True)
     return name
 

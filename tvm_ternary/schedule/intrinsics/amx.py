@@ -35,6 +35,7 @@ from tvm.s_tir import SBlock, SBlockRealize, TensorIntrin
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
+from tvm_ffi.structural import WalkResult
 
 from tvm_ternary.formats import LANES
 
@@ -127,39 +128,51 @@ def with_tiles(function: tirx.PrimFunc, tile: AmxTile) -> tirx.PrimFunc:
     """Configure the tiles in each parallel loop that uses them, and release them there.
 
     A thread has its own registers, so the configuration is loaded inside the loop, once an iteration: for work of a few
-    tiles its 200 cycles would be felt. Before the loop the process asks for permission to use tiles, which is a system
-    call of 0.1 us and works once for all threads; where it is refused, the function returns an error.
+    tiles its 200 cycles would be felt. Where no loop is parallel, it is the outermost one. Before the loop the process
+    asks for permission to use tiles, which is a short system call and works once for all threads; where it is refused,
+    the function returns an error.
 
     Parameters
     ----------
     function : tirx.PrimFunc
-        Scheduled, with the intrinsics of ``tile`` inside parallel loops only.
+        Scheduled, with the intrinsics of ``tile`` inside loops.
     tile : AmxTile
 
     Returns
     -------
     tirx.PrimFunc
     """
+    chosen: list[tirx.For] = []
+
+    def choose(loop: tirx.For) -> WalkResult:
+        if not _uses_tiles(loop):
+            return WalkResult.SKIP
+        if any(inner.kind == tirx.ForKind.PARALLEL and _uses_tiles(inner) for inner in _all(tirx.For, loop.body)):
+            return WalkResult.ADVANCE
+        chosen.append(loop)
+        return WalkResult.SKIP
 
     def configure(loop: tirx.For) -> tirx.Stmt:
-        if loop.kind != tirx.ForKind.PARALLEL or not _uses_tiles(loop):
+        if not any(loop.same_as(other) for other in chosen):
             return loop
         body = _configured(loop.body, tile)
         inside = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations)
         return tirx.SeqStmt([_permission(), inside])
 
+    tvm_ffi.structural_walk(function.body, (tirx.For, choose), order="pre")
     return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, configure)))
 
 
+def _all(kind: type[Any], root: Any) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(root, (kind, found.append))
+    return found
+
+
 def _uses_tiles(stmt: tirx.Stmt) -> bool:
-    multiply, found = T.llvm_lookup_intrinsic_id(_MULTIPLY), []
-
-    def look(call: Call) -> None:
-        if isinstance(call.op, Op) and call.op.name == "tirx.call_llvm_intrin" and int(call.args[0]) == multiply:
-            found.append(call)
-
-    tvm_ffi.structural_walk(stmt, (Call, look))
-    return bool(found)
+    multiply = T.llvm_lookup_intrinsic_id(_MULTIPLY)
+    calls = (call for call in _all(Call, stmt) if isinstance(call.op, Op) and call.op.name == "tirx.call_llvm_intrin")
+    return any(int(call.args[0]) == multiply for call in calls)
 
 
 def _permission() -> tirx.Stmt:

@@ -92,13 +92,3 @@ def float32_narrow(weight: Any, x: Any, acc: Any) -> None:
             llvm("llvm.arithmetic.fence", floats, T.reinterpret(moved, dtype=floats)), dtype=f"uint32x{LANES}"
         )
     store(acc, 0, LANES, total)
-
-
-def ternary(weight: Any, x: Any, acc: Any) -> None:
-    """Population counts of whole words."""
-    lanes = f"int32x{LANES}"
-    both = T.bitwise_and(weight.vload([0, 0], f"uint32x{LANES}"), T.broadcast(x[0], LANES))
-    signs = T.bitwise_xor(weight.vload([1, 0], f"uint32x{LANES}"), T.broadcast(x[1], LANES))
-    same = T.Cast(lanes, T.popcount(both))
-    minus = T.Cast(lanes, T.popcount(T.bitwise_and(both, signs)))
-    store(acc, 0, LANES, vector(acc, 0, LANES, "int32") + same - minus * T.broadcast(T.int32(2), LANES))
