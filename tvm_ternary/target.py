@@ -287,6 +287,22 @@ def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset.intersection(*sets)
 
 
+def require_host(target: Target, hint: str) -> None:
+    """Refuse a target whose code this host cannot run.
+
+    Raises
+    ------
+    HostError
+        If the host has another architecture or lacks a feature; ``hint`` says what to do.
+    """
+    if target.architecture != platform.machine():
+        reason = f"is for {target.architecture}; this host is {platform.machine()}"
+        raise HostError(f"target {target.name}", reason, hint)
+    missing = sorted(target.features - host_features())
+    if missing:
+        raise HostError(f"target {target.name}", f"this CPU lacks {', '.join(missing)}", hint)
+
+
 def _listed() -> str:
     return ", ".join(target_names())
 

@@ -57,4 +57,5 @@ def test_commit_is_that_of_a_checkout(tmp_path: Path) -> None:
 def test_facts_are_json_and_name_the_versions() -> None:
     facts = json.loads(json.dumps(machine_facts()))
     assert facts["cpu"]
+    assert facts["load"] >= 0
     assert {"tvm-ternary", "apache-tvm", "numpy"} <= facts["versions"].keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,27 +10,14 @@ import pytest
 
 import tvm_ternary.bench.matmul
 from tests.ternary_matmul import NATIVE
-from tvm_ternary.bench.engines import Floats, WrongAnswerError, check_answer, ours
-from tvm_ternary.bench.matmul import Measurement, mean_ratios, measure_matmuls
+from tvm_ternary.bench.engines import Engine, Floats, Workers, WrongAnswerError, check_answer, exact_rows, ours
+from tvm_ternary.bench.matmul import measure_matmuls, rests
 from tvm_ternary.bench.memory import aligned, aligned_copy, copies_beyond
-from tvm_ternary.bench.report import machine_table, matmul_table, means_table
-from tvm_ternary.bench.timing import Spread
+from tvm_ternary.bench.peers import PEERS
 from tvm_ternary.errors import OptionError
 from tvm_ternary.formats.scheme import Scheme
 
-ONE = Measurement(
-    n=100,
-    k=50,
-    m=2,
-    scheme="t1a8",
-    cache="warm",
-    time=Spread(4.0, 3.0, 5.0),
-    error=0.001,
-    bytes=1000,
-    bandwidth=1e9,
-    peak=10e9,
-    peers={"slow": Spread(9.0, 9.0, 9.0), "fast": Spread(6.0, 6.0, 6.0)},
-)
+EMPTY = Engine("", 0, np.empty((0, 0), np.float32), 0.0, lambda x: [], Workers("", 0.0))
 
 
 @pytest.mark.parametrize("scheme", ["t1a32", "t1a8", "t2a8g64", "t1a1"])
@@ -55,51 +41,62 @@ def test_a_wrong_answer_ends_the_measurement(row: int) -> None:
         check_answer(engine, x, y)
 
 
+def test_a_result_of_another_shape_is_a_wrong_answer() -> None:
+    engine = ours(24, 70, Scheme.parse("t1a8"), NATIVE, cache=0)
+    x = aligned_copy(np.ones((5, 70), np.float32))
+    with pytest.raises(WrongAnswerError, match=r"the result is \(5, 1\); expected \(5, 24\)"):
+        check_answer(engine, x, engine.calls(x)[0]()[:, :1])
+
+
+def test_exact_rows_are_those_of_the_whole_product() -> None:
+    rng = np.random.default_rng(0)
+    dense, x = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2500, 16), (9, 16)))
+    whole = x.astype(np.float64) @ dense.T.astype(np.float64)
+    np.testing.assert_allclose(exact_rows(dense, x), whole[[0, 4, 8]], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(exact_rows(dense, x[:1]), whole[:1], rtol=1e-12, atol=1e-12)
+
+
 def test_measures_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_ternary.bench.matmul, "last_level_cache", lambda: 1000)
-    found = list(
-        measure_matmuls([(16, 128), (40, 20)], [1, 3], ["t1a8", "t1a1"], peers=["ort-int8"], cold=True, repeat=2)
-    )
+    shapes, schemes = [(16, 128), (40, 20)], ["t1a8", "t1a1"]
+    found = list(measure_matmuls(shapes, [3, 9], schemes, peers=["ort-int8"], cold=True, turns=2))
     keys = [(one.n, one.k, one.m, one.cache, one.scheme) for one in found]
     assert keys == [
         (n, k, m, cache, scheme)
-        for n, k in ((16, 128), (40, 20))
-        for m in (1, 3)
-        for cache in ("warm", "cold")
-        for scheme in ("t1a8", "t1a1")
+        for n, k in shapes
+        for m, cache in ((3, "warm"), (3, "cold"), (9, "warm"))
+        for scheme in schemes
     ]
     for one in found:
-        assert one.peers.keys() == {"ort-int8"}
-        assert (one.peak is None) == (one.scheme == "t1a1")
+        assert one.peers.keys() == one.peer_bytes.keys() == {"ort-int8"}
+        assert (one.threads, one.target, one.left_out) == (1, NATIVE.name, {})
         assert one.floor > 0
         assert one.time.median > 0
+    assert {one.peak for one in found if one.scheme == "t1a8"} != {one.peak for one in found if one.scheme == "t1a1"}
 
 
-def test_figures_follow_from_what_was_measured() -> None:
-    assert ONE.operations == 20_000
-    assert ONE.floor == pytest.approx(2)  # 20,000 operations at 10 G a second; the bytes take 1 us
-    assert replace(ONE, peak=None).floor == pytest.approx(1)
-    assert (ONE.best_peer, ONE.ratio) == ("fast", 1.5)
-    fields = json.loads(json.dumps(ONE.as_json(), allow_nan=False))
-    assert fields["us"] == {"median": 4.0, "p20": 3.0, "p80": 5.0}
-    assert fields["peers_us"].keys() == {"slow", "fast"}
-    assert (fields["gbs"], fields["gops"]) == (0.25, 5.0)
-    assert fields["floor_percent"] == pytest.approx(50)
+def test_peers_stand_beside_the_schemes_that_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = {
+        "any": replace(PEERS["ort-int8"], refuses=lambda n, k: "needs an even N" if n % 2 else None),
+        "signs": replace(PEERS["ort-2bit"], activation_bits=frozenset({1})),
+    }
+    monkeypatch.setattr(tvm_ternary.bench.matmul, "PEERS", peers)
+    found = list(measure_matmuls([(16, 128), (17, 128)], [1], ["t1a8", "t1a1"], peers=list(peers), turns=1))
+    assert [(one.n, one.scheme, set(one.peers), one.left_out) for one in found] == [
+        (16, "t1a8", {"any"}, {}),
+        (16, "t1a1", {"any", "signs"}, {}),
+        (17, "t1a8", set(), {"any": "needs an even N"}),
+        (17, "t1a1", {"signs"}, {"any": "needs an even N"}),
+    ]
+    (alone,) = measure_matmuls([(16, 128)], [1], ["t1a8"], peers=["signs"], turns=1)
+    assert alone.peers == {}
 
 
-def test_tables() -> None:
-    (row,) = matmul_table([ONE]).rows
-    assert row == (
-        *("100 x 50", "2", "warm", "t1a8", "4.0", "3.0", "5.0", "0.2", "5", "2.0", "50%"),
-        *("9.0", "6.0", "1.50x"),
-    )
-    alone = matmul_table([replace(ONE, peers={})])
-    assert len(alone.rows[0]) == len(alone.columns) == 11
-    other = replace(ONE, n=7, time=Spread(1.0, 1.0, 1.0))
-    assert mean_ratios([ONE, other]) == {("t1a8", "warm", 2): pytest.approx(3)}
-    assert means_table([ONE, other]).rows == (("t1a8", "warm", "2", "3.00x"),)
-    facts: dict[str, Any] = {"cpu": "c", "caches": {"1": 49152}, "versions": {"numpy": "2"}, "commit": None}
-    assert dict(machine_table(facts, 1, "avx2").rows)["caches"] == "L1 48 KiB"
+def test_workers_are_waited_for_where_the_next_are_others() -> None:
+    one, two = Workers("one", 0.5), Workers("two", 0.2)
+    engines = [replace(EMPTY, name=name, workers=workers) for name, workers in zip("abc", (one, one, two), strict=True)]
+    assert rests(engines) == {"b": 0.5, "c": 0.2}
+    assert rests(engines[:2]) == {}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,8 @@ def test_tables() -> None:
     [
         ({"rows": [0]}, r"rows: is \[0\]; expected whole numbers from 1"),
         ({"shapes": [(16, 0)]}, r"shapes: is \[16, 0\]"),
-        ({"repeat": 0}, r"repeat: is \[0\]"),
+        ({"turns": 0}, r"turns: is \[0\]"),
+        ({"cold": True, "rows": [9, 16]}, r"cold: is for M up to 8; rows are \[9, 16\]"),
         ({"threads": 0}, "threads: is 0"),
         ({"schemes": ["t9"]}, "scheme 't9': unknown"),
         ({"target": "vax"}, "target vax: no such target"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_ternary.bench.timing import Spread, Turn, alternate, geometric_mean
+from tvm_ternary.bench.timing import PACE, Pace, Spread, alternate, geometric_mean
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -41,16 +41,20 @@ def test_spread_of_one_sample() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
 
 
+ONCE = Pace(most_warming=1, most_timing=1)
+
+
 def test_functions_take_turns_and_copies_rotate() -> None:
     log: list[str] = []
     names = {"ours": ["a0", "a1", "a2"], "peer": ["b0"]}
     calls = {key: [lambda name=name: log.append(name) for name in group] for key, group in names.items()}
-    times = alternate(calls, 3)
+    times = alternate(calls, 3, ONCE)
     assert log == [
-        *("a0", "a1", "a2", "b0"),  # each once before anything is timed
-        *("a0", "a1", "b0", "b0"),
+        *("a0", "a1", "a2", "a0", "a1"),  # each once, and two to know how long one takes
+        *("b0", "b0", "b0"),
         *("a2", "a0", "b0", "b0"),
         *("a1", "a2", "b0", "b0"),
+        *("a0", "a1", "b0", "b0"),
     ]
     assert times.keys() == names.keys()
     assert all(0 <= spread.p20 <= spread.median <= spread.p80 < math.inf for spread in times.values())
@@ -59,5 +63,20 @@ def test_functions_take_turns_and_copies_rotate() -> None:
 def test_a_turn_has_calls_that_do_not_count() -> None:
     log: list[str] = []
     calls = {name: [lambda name=name: log.append(name)] for name in "ab"}
-    alternate(calls, 3, Turn(pause=1e-4, untimed=3, timed=2))
-    assert "".join(log) == "ab" + ("a" * 5 + "b" * 5) * 2
+    alternate(calls, 2, Pace(warming=1e9, timing=1e9, most_warming=3, most_timing=2))
+    assert "".join(log) == "aaabbb" + ("a" * 5 + "b" * 5) * 2
+
+
+def test_others_wait_until_workers_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: log.append(f"sleep {seconds}"))
+    alternate({name: [lambda name=name: log.append(name)] for name in "ab"}, 2, ONCE, {"a": 0.5})
+    assert log[6:] == ["a", "a", "sleep 0.5", "b", "b"] * 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"),
+    [(0.0, (8, 5)), (1e-5, (8, 5)), (3e-3, (7, 4)), (1e-2, (2, 1)), (0.5, (1, 1))],
+)
+def test_slow_functions_are_called_less_often(seconds: float, calls: tuple[int, int]) -> None:
+    assert PACE.calls(seconds) == calls

@@ -9,44 +9,56 @@ import pytest
 
 from .conftest import cli, error_line
 
-TINY = ("bench", "matmul", "--shapes", "32x128", "--rows", "1,2", "--schemes", "t1a8", "--repeat", "2")
+TINY = ("bench", "matmul", "--shapes", "32x128", "--rows", "1,2", "--schemes", "t1a8", "--turns", "2")
 
 
-def test_prints_tables_and_appends_lines(tmp_path: Path) -> None:
-    lines = tmp_path / "bench.jsonl"
-    lines.write_text('{"an": "older line"}\n')
-    result = cli(*TINY, "--peers", "ort-2bit,ort-float32", "--json", lines)
+def test_prints_tables_appends_lines_and_draws(tmp_path: Path) -> None:
+    lines, picture, again = tmp_path / "bench.jsonl", tmp_path / "a.svg", tmp_path / "b.svg"
+    result = cli(*TINY, "--peers", "ort-2bit,ort-float32", "--json", lines, "--plot", picture)
     assert result.returncode == 0, result.stderr
-    facts, table, means = result.stdout.split("\n\n")
+    facts, limits, table, means = result.stdout.split("\n\n")
     assert facts.startswith("cpu  ")
+    assert {line.split()[1] for line in limits.splitlines()[2:]} >= {"int8", "float32", "trits"}
     assert table.split()[:3] == ["N", "x", "K"]
     assert [line.split()[:6] for line in table.splitlines()[2:]] == [
         ["32", "x", "128", m, "warm", "t1a8"] for m in ("1", "2")
     ]
     assert means.count("t1a8") == 2
-    _, *rows = map(json.loads, lines.read_text().splitlines())
+    roofline, *rows = map(json.loads, lines.read_text().splitlines())
+    assert roofline["benchmark"] == "roofline"
+    assert {"bandwidths_gbs", "peaks_gops", "cpu", "target", "threads"} <= roofline.keys()
     assert [(row["n"], row["k"], row["m"], row["scheme"], row["cache"]) for row in rows] == [
         (32, 128, 1, "t1a8", "warm"),
         (32, 128, 2, "t1a8", "warm"),
     ]
     for row in rows:
         assert row["benchmark"] == "matmul"
-        assert row["peers_us"].keys() == {"ort-2bit", "ort-float32"}
+        assert row["peers_us"].keys() == row["ratios"].keys() == {"ort-2bit", "ort-float32"}
         assert {"cpu", "caches", "versions", "commit", "threads", "target", "us", "floor_us", "ratio"} <= row.keys()
         assert 0 < row["error"] < 0.01
+    assert cli("bench", "plot", lines, "-o", again).returncode == 0
+    assert again.read_text() == picture.read_text()
+
+
+def test_what_a_peer_refuses_is_said() -> None:
+    result = cli("bench", "matmul", "--shapes", "32x100", "--rows", "1", "--schemes", "t1a8", "--turns", "1")
+    assert result.returncode == 0, result.stderr
+    # Either the package is not here, or it cannot take this K.
+    assert result.stdout.count("no llama-tq2_0") + result.stdout.count("TQ2_0 needs K divisible by 256") == 1
 
 
 def test_without_peers_there_are_no_ratios() -> None:
     result = cli(*TINY, "--peers", "none")
     assert result.returncode == 0, result.stderr
     assert "ratio" not in result.stdout
-    assert "geometric mean" not in result.stdout
+    assert "over best peer" not in result.stdout
+    assert "reached" in result.stdout
 
 
 def test_several_threads() -> None:
     result = cli(*TINY, "--peers", "ort-2bit,ort-int8", "--threads", "2")
     assert result.returncode == 0, result.stderr
-    assert "threads    2\n" in result.stdout
+    assert "\nthreads       2\n" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -56,7 +68,9 @@ def test_several_threads() -> None:
         (("--schemes", "t1a7"), "scheme 't1a7': unknown"),
         (("--shapes", "32"), "--shapes: got '32'; expected NxK"),
         (("--rows", "1,x"), "--rows: M is 'x'"),
-        (("--repeat", "0"), "repeat: is [0]"),
+        (("--turns", "0"), "turns: is [0]"),
+        (("--cold", "--rows", "9"), "cold: is for M up to 8; rows are [9]"),
+        (("--plot", "a.jpg"), "a.jpg: ends in '.jpg'; expected .png or .svg"),
         (("--threads", "0"), "threads: is 0"),
         (("--cold", "--peers", "none"), "cold: a weight of"),
         (("--target", "vax"), "target vax: no such target"),
@@ -65,3 +79,20 @@ def test_several_threads() -> None:
 )
 def test_bad_options_are_one_line(arguments: tuple[str, ...], part: str) -> None:
     assert part in error_line(cli(*TINY, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("lines", "picture", "part"),
+    [
+        ("missing", "a.png", "missing: cannot be read"),
+        ("lines", "a.pdf", "a.pdf: ends in '.pdf'"),
+        ("lines", "a.png", "lines, line 1: is not a benchmark's"),
+    ],
+)
+def test_bad_plots_are_one_line(tmp_path: Path, lines: str, picture: str, part: str) -> None:
+    (tmp_path / "lines").write_text("{}")
+    assert part in error_line(cli("bench", "plot", tmp_path / lines, "-o", tmp_path / picture))
+
+
+def test_the_kind_of_benchmark_must_be_named() -> None:
+    assert "WHAT" in error_line(cli("bench"))

@@ -12,7 +12,7 @@ from tvm_ternary.cli import main
 
 from .conftest import cli, error_line
 
-VERBS = ("compile", "run", "inspect", "bench")
+VERBS = ("compile", "run", "inspect", "tune", "bench")
 
 
 def test_help_teaches_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

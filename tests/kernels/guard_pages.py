@@ -19,8 +19,8 @@ from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import Target, resolve
 
 PROT_NONE = 0
@@ -58,7 +58,7 @@ def run(target: Target, bits: int, n: int, k: int, kind: Granularity, bias: bool
     scale = np.ones((2, *kind.scale_shape(n, k)), np.float32)
     weight = TernaryTensor.from_trits(rng.integers(-1, 2, (2, n, k), dtype=np.int8), scale, kind)
     row, shape = KERNELS[bits], MatmulShape.of(weight)
-    variants = load_tiles(row.matmul.name, target.tier).variants
+    variants = choose_variants(bits, shape, target.tier).variants
     matmul = matmul_function(row.matmul, shape, variants, target.tier, epilogue=Epilogue(bias))
     library = build({"matmul": matmul, "rows": row.rows(shape)}, target)
     x = rng.standard_normal((rows, k)).astype(np.float32)

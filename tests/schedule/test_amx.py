@@ -16,8 +16,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tests.schedule.native.program import SOURCES, Program, ProgramError, compile_sources, run_program
-from tests.ternary_matmul import build, unrunnable
+from tests.ternary_matmul import build, rows_of, unrunnable
+from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor
+from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule.intrinsics.amx import AmxTile, amx_intrinsics, configuration, with_tiles
+from tvm_ternary.schedule.tasks import choose_variants
+from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.target import host_features, resolve
 
 TARGET = resolve("amx")
@@ -60,14 +65,15 @@ def gemm(tile: AmxTile, segments: int, rows: int, columns: int) -> tirx.PrimFunc
     return builder.get()
 
 
-def scheduled(tile: AmxTile, function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Tiles of columns in parallel; for each, segments and tiles of rows, without the tiles' configuration."""
+def scheduled(tile: AmxTile, function: tirx.PrimFunc, parallel: bool = True) -> tirx.PrimFunc:
+    """Tiles of columns, in parallel; for each, segments and tiles of rows, without the tiles' configuration."""
     sch = Schedule(function)
     acc = sch.get_sblock("acc")
     mo, mi, c, p, sg, n, *k = sch.get_loops(acc)
     outer, inner = sch.split(c, [None, tile.column_tiles])
     sch.reorder(outer, p, sg, mo, mi, inner, n, *k)
-    sch.parallel(outer)
+    if parallel:
+        sch.parallel(outer)
     names = amx_intrinsics(tile)
     init = sch.decompose_reduction(acc, mi)
     sch.tensorize(sch.get_loops(init)[4], names.zero)
@@ -156,6 +162,18 @@ def test_two_by_two_tiles_take_as_many_loads_as_products() -> None:
     assert counts["ldtilecfg"] == counts["tilerelease"] == 1
 
 
+def test_without_threads_the_outermost_loop_holds_the_configuration(tmp_path: Path) -> None:
+    tile = CASES["k128"][0]
+    function = with_tiles(scheduled(tile, gemm(*CASES["k128"]), parallel=False), tile)
+    text = str(function)
+    assert text.index("ldtilecfg") < text.index("tilezero") < text.index("tdpbsud") < text.index("tilerelease")
+    assert text.count("ldtilecfg") == text.count("syscall") == 1
+    x, weights, acc = operands("k128", np.random.default_rng(0), extreme=False)
+    program = Program({"gemm": function}, TARGET, tmp_path, sources=SOURCES_HERE)
+    got = program("gemm", x, as_panel(tile, weights), acc)[-1]
+    np.testing.assert_array_equal(got, products(tile, x, weights))
+
+
 @emulated
 def test_tiles_that_nobody_configured_are_refused(tmp_path: Path) -> None:
     """The emulator starts each thread without a configuration, as a CPU does."""
@@ -203,3 +221,29 @@ def test_functions_without_tiles_stay_as_they_are() -> None:
     tile = AmxTile(4)
     plain = gemm(tile, 1, 32, 2)
     tvm.ir.assert_structural_equal(with_tiles(plain, tile), plain)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "planes", "kind", "rows"),
+    [(70, 200, 1, PerGroup(16), 32), (100, 1000, 2, PerChannel(), 77), (33, 515, 3, PerGroup(128), 300)],
+    ids=str,
+)
+def test_the_whole_matmul_equals_its_reference(
+    tmp_path: Path, n: int, k: int, planes: int, kind: Granularity, rows: int
+) -> None:
+    """As it is compiled for the target: tiles from 32 rows on, ragged in every dimension, and no row twice."""
+    rng = np.random.default_rng(n)
+    trits = rng.integers(-1, 2, (planes, n, k), dtype=np.int8)
+    # Whole scales, so that no float operation rounds.
+    scale = np.broadcast_to(np.float32([9, 3, 1][:planes])[:, None, None], (planes, *kind.scale_shape(n, k)))
+    weight = TernaryTensor.from_trits(trits, np.ascontiguousarray(scale), kind)
+    shape, kernel = MatmulShape.of(weight), KERNELS[8]
+    variants = choose_variants(8, shape, "amx").variants
+    assert variants[-1].tiles
+    function = matmul_function(kernel.matmul, shape, variants, "amx")
+    program = Program({"matmul": function}, TARGET, tmp_path, sources=SOURCES_HERE)
+    x = rng.integers(-127, 128, (rows, k), dtype=np.int8)
+    operands = [*rows_of(8, x, np.ones((rows, shape.groups), np.float32), kind), *kernel.pack(weight).values()]
+    got = program("matmul", *operands, np.full((rows, n), np.nan, np.float32))[-1]
+    dense = (trits.astype(np.int64) * scale[:, :1, :1].astype(np.int64)).sum(axis=0)
+    np.testing.assert_array_equal(got, x.astype(np.int64) @ dense.T)

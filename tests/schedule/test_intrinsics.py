@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tvm.s_tir import TensorIntrin
 
-from tests.ternary_matmul import TARGETS, build, runnable
+from tests.ternary_matmul import TARGETS as NAMED
+from tests.ternary_matmul import build, runnable
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape, Variant
 from tvm_ternary.kernels.table import KERNELS
@@ -26,11 +27,14 @@ from tvm_ternary.target import TIERS, Target, resolve
 
 # One group a row: a loop over the four blocks of a small group would be unrolled away, and with it what is looked for.
 SHAPE = MatmulShape(512, 1024, 2, 1, 1024)
+# A CPU with nothing beyond its architecture's baseline takes the portable intrinsics; no named target does.
+PORTABLE = '{"kind": "llvm"}'
+TARGETS = tuple(dict.fromkeys((PORTABLE, *NAMED)))
 WIDE = tuple(name for name in TARGETS if resolve(name).vector_bits == 512)
 LOOP_END = re.compile(r"^\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\b.*?(\.L\w+)")
 LABEL = re.compile(r"^(\.L\w+):")
 # What only the loop over k does: multiply vectors, or count their bits.
-PRODUCT = re.compile(r"vpdpbusd|pmadd|sdot|mul <32 x i16>|fmuladd|ctpop")
+PRODUCT = re.compile(r"vpdpbusd|pmadd|sdot|mul (?:nsw )?<32 x i16>|fmuladd|ctpop")
 VECTOR_STORE = re.compile(r"^\s+v?mov\w*\s+%[xyz]mm\d+.*,\s*[-\w]*\(")
 
 
@@ -170,6 +174,11 @@ def test_every_kernel_has_an_implementation_for_every_tier() -> None:
         assert rows.keys() == TIERS.keys()
 
 
+def test_targets_are_of_all_tiers_of_this_architecture() -> None:
+    every = frozenset().union(*(resolve(name).features for name in NAMED))
+    assert {resolve(name).tier for name in TARGETS} == {name for name, tier in TIERS.items() if tier.features <= every}
+
+
 def test_the_name_says_kernel_and_tier() -> None:
     assert matmul_intrinsic(KERNELS[8].matmul, "avx512") == "ternary.matmul_a8.avx512"
 
@@ -200,8 +209,12 @@ def compiled(kernel: MatmulKernel, target: Target) -> Any:
         (8, "x86-64-v4", "vpmaddubsw"),
         (8, "x86-64-v3", "vpmaddubsw"),
         (8, "x86-64-v2", "pmaddubsw"),
+        (8, '{"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu"}', "pmullw"),
         (8, "aarch64", "sdot"),
-        (1, "avx512-vnni", "vpopcntd"),
+        (8, "avx512-vnni", "prefetcht0"),
+        (32, "aarch64", "prfm"),
+        (1, "avx512-vnni", "vpopcntb"),
+        (1, "avx512-vnni", "vpdpbusd"),
         (32, "avx512-vnni", "vfmadd"),
         (32, "x86-64-v3", "vfmadd"),
         (32, "aarch64", "fmla"),

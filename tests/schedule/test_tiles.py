@@ -15,7 +15,7 @@ from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import TIERS
 
 NAMES = [row.matmul.name for row in KERNELS.values()]
-EXPECTED = "expected [[variant]] tables with rows, blocks, perhaps panel, and ascending max_rows in all but the last"
+EXPECTED = "expected [[variant]] tables with rows, blocks, perhaps panel and tiles; max_rows in all but the last"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,16 +11,23 @@ from typing import Any
 
 from tvm_ternary.errors import HostError
 
-_PACKAGES = ("tvm-ternary", "apache-tvm", "apache-tvm-ffi", "numpy", "onnxruntime")
+_PACKAGES = (
+    *("tvm-ternary", "apache-tvm", "apache-tvm-ffi", "numpy"),
+    *("onnxruntime", "torch", "llama-cpp-python", "bnn-lab"),
+)
 _ROOT = Path(__file__).resolve().parents[2]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, caches in bytes by level, system, versions of what takes part, and the commit of a git checkout."""
+    """Processor, caches in bytes by level, system, versions of what takes part, and the commit of a git checkout.
+
+    ``load`` is how many programs ran in the last minute: above zero, others share the processor.
+    """
     return {
         "cpu": cpu_name(),
         "caches": {str(level): size for level, size in sorted(cache_sizes().items())},
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,30 +27,39 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What each function does when it is its turn.
+class Pace:
+    """How often a function is called when it is its turn, by how long a call takes.
 
     Attributes
     ----------
-    pause : float
-        Seconds to wait first, for the worker threads of the one before to fall asleep.
-    untimed : int
-        Calls that bring back what the others have driven out of the caches, and wake its own workers.
-    timed : int
-        Calls that count.
+    warming, timing : float
+        Seconds of calls that do not count, and of calls that do. The former bring back what the others have driven out
+        of the caches, and wake the function's own workers.
+    most_warming, most_timing : int
+        Calls at most; a slow function is called once and once.
     """
 
-    pause: float = 0.0
-    untimed: int = 1
-    timed: int = 1
+    warming: float = 0.02
+    timing: float = 0.01
+    most_warming: int = 8
+    most_timing: int = 5
+
+    def calls(self, seconds: float) -> tuple[int, int]:
+        """Calls that do not count, and that do, of a function whose call takes ``seconds``."""
+        shares = ((self.warming, self.most_warming), (self.timing, self.most_timing))
+        first, second = (min(most, math.ceil(share / max(seconds, 1e-9))) for share, most in shares)
+        return first, second
 
 
-ALTERNATELY = Turn()
-"""Call by call."""
+PACE = Pace()
+"""After an engine that has read far more than the caches hold, M = 1 takes eight calls to be warm again."""
 
 
 def alternate(
-    functions: Mapping[str, Sequence[Callable[[], Any]]], repeat: int, turn: Turn = ALTERNATELY
+    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    turns: int,
+    pace: Pace = PACE,
+    rests: Mapping[str, float] | None = None,
 ) -> dict[str, Spread]:
     """Time functions in turns.
 
@@ -61,31 +70,44 @@ def alternate(
     ----------
     functions : mapping of str to sequence of callable
         The copies of each; one is enough to time it warm.
-    repeat : int
-        Timed calls of each function, at least; whole turns are made.
-    turn : Turn
+    turns : int
+        Of each function.
+    pace : Pace
+    rests : mapping of str to float, optional
+        Seconds to wait after a function's turn, for its worker threads to fall asleep.
 
     Returns
     -------
     dict of str to Spread
     """
-    for copies in functions.values():
-        for call in copies:
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in functions}
     endless = {name: itertools.cycle(copies) for name, copies in functions.items()}
-    for _ in range(-(-repeat // turn.timed)):
+    calls = {name: pace.calls(_estimate(copies, endless[name])) for name, copies in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(turns):
         for name, copies_of in endless.items():
-            if turn.pause:
-                time.sleep(turn.pause)
-            for _ in range(turn.untimed):
+            warming, timed = calls[name]
+            for _ in range(warming):
                 next(copies_of)()
-            for _ in range(turn.timed):
+            for _ in range(timed):
                 call = next(copies_of)
                 start = time.perf_counter_ns()
                 call()
                 samples[name].append((time.perf_counter_ns() - start) / 1e3)
+            if rests is not None and name in rests:
+                time.sleep(rests[name])
     return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def _estimate(copies: Sequence[Callable[[], Any]], endless: Iterator[Callable[[], Any]]) -> float:
+    """Seconds of a call, the faster of two, after each copy has been called once."""
+    for _ in copies:
+        next(endless)()
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        next(endless)()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

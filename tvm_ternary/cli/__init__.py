@@ -20,6 +20,7 @@ from tvm_ternary.cli import bench as bench_verb
 from tvm_ternary.cli import compile as compile_verb
 from tvm_ternary.cli import inspect as inspect_verb
 from tvm_ternary.cli import run as run_verb
+from tvm_ternary.cli import tune as tune_verb
 from tvm_ternary.cli.text import printable
 from tvm_ternary.errors import TernaryError
 
@@ -33,7 +34,8 @@ Compile neural networks with ternary weights to one shared library, and run it.
   tvm-ternary compile model.onnx -o model.so     weights become sums of a few {-1, 0, 1} matrices with scales
   tvm-ternary run model.so --repeat 20           random inputs; what comes out, and how long it takes
   tvm-ternary inspect model.so                   what is in it: every matrix, and what the host needs
-  tvm-ternary bench matmul                       the kernels beside onnxruntime's, and beside what the machine can do
+  tvm-ternary tune model.onnx                    search the fastest schedules for its matrices on this machine
+  tvm-ternary bench matmul                       the kernels beside other engines', and beside what the machine can do
 """
 _EPILOG = f"""\
 'tvm-ternary VERB --help' explains a verb, with examples.
@@ -86,7 +88,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (compile_verb, run_verb, inspect_verb, bench_verb):
+    for verb in (compile_verb, run_verb, inspect_verb, tune_verb, bench_verb):
         verb.add_parser(verbs)
     return parser
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 import tvm_ternary
-from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, size_or_name
-from tvm_ternary.errors import InputError
+from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, print_json, size_or_name
 from tvm_ternary.target import target_names
 
 _DESCRIPTION = f"""\
@@ -87,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         "layers": args.layers or "all",
         "method": args.method,
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
-        "constants": {name: _constant(name, text) for name, text in constants.items()},
+        "constants": {name: constant(name, text) for name, text in constants.items()},
         "weights": args.weights,
         "tuning_log": args.tuning_log,
         "dump_ir": args.dump_ir,
@@ -112,17 +110,3 @@ def run(args: argparse.Namespace) -> int:
         summary = summary_table(artifact.manifest, file_bytes, artifact.seconds)
         print_tables([layers_table(artifact.manifest.layers), summary])
     return 0
-
-
-def _constant(name: str, text: str) -> Any:
-    """Read a number, a bool or a list of them as an array."""
-    import numpy as np
-
-    try:
-        array = np.asarray(json.loads(text))
-    except ValueError:
-        array = np.asarray(text)
-    if array.dtype.kind not in "bif":
-        problem = f"{name} is {text!r}; expected a number, true, false, or a list of them with equal rows"
-        raise InputError("--constant", problem, "for example sr=16000")
-    return array

@@ -6,9 +6,10 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from tvm_ternary.cli.text import write_out
-from tvm_ternary.errors import OptionError
+from tvm_ternary.errors import InputError, OptionError
 
 MAX_DIMENSION = 2**31 - 1
 
@@ -66,6 +67,26 @@ def whole_number(option: str, name: str, text: str) -> int:
 def size_or_name(option: str, name: str, text: str) -> int | str:
     """Read what a dimension is to be: a whole number, or else the name of the dimension it equals."""
     return whole_number(option, name, text) if re.fullmatch(r"[+-]?[0-9.]+", text) else text
+
+
+def constant(name: str, text: str) -> Any:
+    """Read the value of ``--constant``: a number, a bool or a list of them, as an array.
+
+    Raises
+    ------
+    InputError
+        If it is none.
+    """
+    import numpy as np
+
+    try:
+        array = np.asarray(json.loads(text))
+    except ValueError:
+        array = np.asarray(text)
+    if array.dtype.kind not in "bif":
+        problem = f"{name} is {text!r}; expected a number, true, false, or a list of them with equal rows"
+        raise InputError("--constant", problem, "for example sr=16000")
+    return array
 
 
 def print_json(document: object) -> None:

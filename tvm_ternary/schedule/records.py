@@ -13,8 +13,7 @@ a choice
     has ``seconds`` and ``default_seconds``: the best candidate measured once more, in turns with the default schedule.
     The last choice of a workload is its result; where none was made yet, the trial with the lowest median is.
 
-A trace only samples numbers and writes each to the root block as ``ternary.<decision>``; what they mean is up to the
-code that makes the schedule.
+A trace samples numbers and writes each to the root block as ``ternary.<decision>``; the schedule knows what they mean.
 """
 
 from __future__ import annotations
@@ -57,9 +56,7 @@ class About:
     Attributes
     ----------
     target : str
-        Name of the target.
     threads : int
-        Threads that each candidate ran on.
     tvm : str
         TVM's version, whose structural hashes the records carry.
     """
@@ -78,13 +75,11 @@ class Record:
     workload : str
         As `workload_hash` gives it.
     task : str
-        The task's name, for people.
+        Its name, for people.
     trace : list
         A MetaSchedule trace as JSON: the instructions, then the decisions.
-    seconds : tuple of float
-        Run times; empty for a failure.
-    default_seconds : tuple of float
-        Of the default schedule, measured in turns with this one; empty unless this is a choice.
+    seconds, default_seconds : tuple of float
+        Run times, and those of the default schedule; empty where the kind of line has none.
     error : str or None
         Why the candidate failed.
     """
@@ -125,15 +120,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a log knows of a workload.
+    """What a log knows of a workload: decisions, median seconds, and where they are from.
 
-    Attributes
-    ----------
-    decisions : dict of str to int
-    seconds : float
-        Median run time.
-    source : str
-        Which record of which log: ``shipped:tuning_logs/avx512-vnni#1f0c2d3e``.
+    ``source`` says which record of which log: ``shipped:tuning_logs/avx512-vnni#1f0c2d3e``.
     """
 
     decisions: dict[str, int] = field(hash=False)
@@ -151,7 +140,7 @@ class TuningLog:
         How messages and manifests call it.
     about : About
     records : tuple of Record
-        In the order in which they were measured.
+        In the order of their lines.
     notes : tuple of str
         A sentence for each line that was skipped.
     """
@@ -193,7 +182,7 @@ def read_log(folder: str | Path, *, target: str | None = None, name: str | None 
     ----------
     folder : path
     target : str, optional
-        The target that it must be of.
+        What it must be of.
     name : str, optional
         How messages shall call it; the folder's path by default.
 
@@ -211,8 +200,8 @@ def read_log(folder: str | Path, *, target: str | None = None, name: str | None 
     except OSError as error:
         raise OptionError(called, f"{RECORDS} cannot be read ({error.strerror or error})") from error
     notes: list[str] = []
-    records = [record for _, record in parse_lines(content, lambda line, why: notes.append(f"{called} {line}: {why}"))]
-    return TuningLog(called, about, tuple(records), tuple(notes))
+    parsed = parse_lines(content, lambda line, why: notes.append(f"{called} {line}: {why}"))
+    return TuningLog(called, about, tuple(record for _, record in parsed), tuple(notes))
 
 
 @cache
@@ -238,12 +227,11 @@ def open_logs(target: str, folder: str | Path | None = None) -> tuple[TuningLog,
 
 
 def find_tuned(module: tvm.IRModule, names: Collection[str], logs: Sequence[TuningLog]) -> Tuned | None:
-    """Give the result for a workload from the first log that has one.
+    """Give the result for an unscheduled workload from the first log that has one.
 
     Parameters
     ----------
     module : tvm.IRModule
-        The unscheduled workload.
     names : collection of str
         The decisions that its schedule asks for. A record of a time when they were others is no hit.
     logs : sequence of TuningLog
@@ -288,12 +276,7 @@ def read_about(folder: Path, name: str) -> About:
 def parse_lines(content: bytes, reject: Callable[[str, str], None]) -> list[tuple[bytes, Record]]:
     """Give the lines that are records, line break included, each with its record.
 
-    Parameters
-    ----------
-    content : bytes
-        What ``records.jsonl`` holds.
-    reject : callable
-        Told of every other line: where it is, and what is wrong with it.
+    ``reject`` is told of every other line: where it is, and what is wrong with it.
     """
     parsed = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
@@ -305,8 +288,19 @@ def parse_lines(content: bytes, reject: Callable[[str, str], None]) -> list[tupl
     return parsed
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that a record can hold")
+    return value
+
+
+# Python's own takes NaN and infinity, which cannot be written again.
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
 def _record(line: bytes) -> Record:
-    document = json.loads(line)
+    document = _DECODER.decode(line.decode())
     if not isinstance(document, dict) or set(document) - _KEYS not in _KINDS or not set(document) >= _KEYS:
         raise ValueError(f"its keys are not {', '.join(sorted(_KEYS))} and those of a trial, a failure or a choice")
     for key in ("workload", "task", "error"):
@@ -336,11 +330,6 @@ def trace_decisions(trace: Any) -> dict[str, int]:
     ----------
     trace : list
         As JSON: ``[[name, inputs, attributes, outputs], ...]``, then ``[[instruction, decision], ...]``.
-
-    Returns
-    -------
-    dict of str to int
-        What the trace writes to the root block, by the annotation's name without its prefix.
 
     Raises
     ------

@@ -7,6 +7,7 @@ A file lists variants in ascending order of ``max_rows``; the last has none and 
     rows = 1         # rows of activations in a tile
     blocks = 4       # blocks of 16 out_features in a tile
     panel = false    # whether weights are decoded once for all rows (see `kernels.shape.Variant`); false if left out
+    tiles = false    # whether AMX multiplies by the panel; false if left out
 
 perhaps ``[[stacked]]`` tables, which take the place of these where there are several planes, and what tuning may try
 instead, whole numbers::
@@ -14,7 +15,7 @@ instead, whole numbers::
     [space]
     rows = [1, 2, 4]
     blocks = [1, 2, 3]
-    panel = [0, 1]
+    panel = [0, 1]    # 2: by AMX tiles
     threads = [0, 1]  # 0 spreads tiles of out_features over threads, 1 chunks of rows, 2 nothing
 
 A tier without a file of its own takes the one of ``portable``.
@@ -41,6 +42,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 DECISIONS = {"rows": 1, "blocks": 1, "panel": 0, "threads": 0}
 """What tuning decides, and the least value of each."""
 
+_FLAGS = ("panel", "tiles")
 _FOLDERS = (PACKAGE / "_schedules", PACKAGE.parent / "schedules")  # inside a wheel; in a source tree
 
 
@@ -99,18 +101,17 @@ def _candidates(values: Any, least: int) -> bool:
 
 
 def _variants(path: Path, table: dict[str, Any]) -> tuple[Variant, ...]:
-    expected = (
-        "expected [[variant]] tables with rows, blocks, perhaps panel, and ascending max_rows in all but the last"
-    )
+    expected = "expected [[variant]] tables with rows, blocks, perhaps panel and tiles; max_rows in all but the last"
     rows = table.get("variant")
     if set(table) != {"variant"} or not isinstance(rows, list) or not rows:
         raise OptionError(str(path), f"got keys {sorted(table)}; {expected}")
     variants = []
     for index, row in enumerate(rows):
         limit = set() if index == len(rows) - 1 else {"max_rows"}
-        if not isinstance(row, dict) or set(row) - {"panel"} != {"rows", "blocks"} | limit or not _sound(row):
+        if not isinstance(row, dict) or set(row) - set(_FLAGS) != {"rows", "blocks"} | limit or not _sound(row):
             raise OptionError(str(path), f"variant {index} is {row}; {expected}")
-        variants.append(Variant(Tile(row["rows"], row["blocks"]), row.get("max_rows"), row.get("panel", False)))
+        flags = {name: row.get(name, False) for name in _FLAGS}
+        variants.append(Variant(Tile(row["rows"], row["blocks"]), row.get("max_rows"), **flags))
     limits = [v.max_rows for v in variants[:-1] if v.max_rows is not None]
     if limits != sorted(set(limits)):
         raise OptionError(str(path), f"max_rows are {limits}; {expected}")
@@ -118,5 +119,6 @@ def _variants(path: Path, table: dict[str, Any]) -> tuple[Variant, ...]:
 
 
 def _sound(row: dict[str, Any]) -> bool:
-    numbers = (value for key, value in row.items() if key != "panel")
-    return all(type(value) is int and value > 0 for value in numbers) and type(row.get("panel", False)) is bool
+    numbers = (value for key, value in row.items() if key not in _FLAGS)
+    flags = (row.get(name, False) for name in _FLAGS)
+    return all(type(value) is int and value > 0 for value in numbers) and all(type(flag) is bool for flag in flags)

@@ -1,23 +1,21 @@
-"""The others: engines that a user could take instead. A new peer is a function and a row in `PEERS`.
+"""onnxruntime's matmuls: MatMulNBits of 2 and 4 bits, dynamic int8, float32.
 
-Every peer multiplies by a ternary matrix with one scale a row, which each can represent without loss. onnxruntime is
-called as its users call it, `InferenceSession.run` with an input made beforehand: its time holds the allocation of the
-result and what its Python binding costs (some microseconds).
+Called as its users call it, `InferenceSession.run` with an input made beforehand: the time holds the allocation of the
+result and what the Python binding costs (some microseconds).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tvm_ternary.bench.engines import Calls, Engine, Floats
+from tvm_ternary.bench.engines import Calls, Engine, Floats, Workers
 from tvm_ternary.bench.memory import copies_beyond
+from tvm_ternary.bench.peers.base import Peer, Problem, needs
 from tvm_ternary.errors import OptionError
 
 if TYPE_CHECKING:
@@ -27,72 +25,8 @@ _BLOCK = 128
 _MICROSOFT = "com.microsoft"
 _OPSET = 17
 _IR_VERSION = 9
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a peer is built for.
-
-    Attributes
-    ----------
-    trits : (N, K) int8
-    scale : (N,) float32
-        w[n, k] = scale[n] * trits[n, k].
-    threads : int
-    cache : int
-        Bytes that the copies of the weight exceed together; 0 for one copy.
-    """
-
-    trits: npt.NDArray[np.int8]
-    scale: Floats
-    threads: int
-    cache: int
-
-    @property
-    def dense(self) -> Floats:
-        """w, (N, K)."""
-        return self.trits * self.scale[:, None]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A row of the table.
-
-    Attributes
-    ----------
-    package : str
-        The module it needs; without it the peer is not available.
-    make : callable
-        (its name, Problem) -> Engine.
-    """
-
-    package: str
-    make: Callable[[str, Problem], Engine]
-
-    def available(self) -> bool:
-        """Whether its package is installed."""
-        return find_spec(self.package) is not None
-
-
-def choose_peers(text: str) -> tuple[str, ...]:
-    """Read ``auto`` (all that are installed), ``none`` or names divided by commas.
-
-    Raises
-    ------
-    OptionError
-        If a name is no peer's, or its package is not installed.
-    """
-    if text == "none":
-        return ()
-    if text == "auto":
-        return tuple(name for name, peer in PEERS.items() if peer.available())
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in PEERS:
-            raise OptionError(f"peer {name!r}", f"does not exist; expected auto, none or of {', '.join(PEERS)}")
-        if not PEERS[name].available():
-            raise OptionError(f"peer {name!r}", f"needs the package {PEERS[name].package}", "install it with pip")
-    return names
+# They spin for some 70 ms.
+_WORKERS = Workers("onnxruntime", 0.1)
 
 
 def pack_blocks(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -163,15 +97,6 @@ def _float32(name: str, problem: Problem) -> Engine:
     return _engine(name, problem, [helper.make_node("MatMul", ["x", "w"], ["y"])], weights, 1e-5)
 
 
-PEERS: dict[str, Peer] = {
-    "ort-2bit": Peer("onnxruntime", partial(_matmul_nbits, bits=2)),
-    "ort-4bit": Peer("onnxruntime", partial(_matmul_nbits, bits=4)),
-    "ort-int8": Peer("onnxruntime", _dynamic_int8),
-    "ort-float32": Peer("onnxruntime", _float32),
-}
-"""Name to peer, in the order of the columns."""
-
-
 def _engine(
     name: str, problem: Problem, nodes: Sequence[NodeProto], weights: dict[str, npt.NDArray[Any]], error_bound: float
 ) -> Engine:
@@ -195,7 +120,7 @@ def _engine(
         feed = {"x": x}
         return [lambda session=session: session.run(None, feed)[0] for session in sessions]  # type: ignore[misc]
 
-    return Engine(name, size, problem.dense, error_bound, calls)
+    return Engine(name, size, problem.dense, error_bound, calls, _WORKERS)
 
 
 @cache
@@ -226,3 +151,12 @@ def _model(nodes: Sequence[NodeProto], weights: dict[str, npt.NDArray[Any]], n: 
     )
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+
+
+_HERE = needs("onnxruntime")
+PEERS: dict[str, Peer] = {
+    "ort-2bit": Peer(partial(_matmul_nbits, bits=2), _HERE),
+    "ort-4bit": Peer(partial(_matmul_nbits, bits=4), _HERE),
+    "ort-int8": Peer(_dynamic_int8, _HERE),
+    "ort-float32": Peer(_float32, _HERE),
+}
