@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.ternary_matmul import NATIVE, Matmul, build, rows_of
 from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor
-from tvm_ternary.kernels.matmul import define_matmul
+from tvm_ternary.kernels.matmul import Epilogue, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
 from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule.ternary import SCHEDULED, matmul_function
@@ -53,12 +53,25 @@ tiles = st.builds(Tile, st.integers(1, 5), st.integers(1, 5))
     k=st.integers(1, 80),
     planes=st.integers(1, 3),
     group=st.none() | st.integers(1, 40),
+    panel=st.booleans(),
+    threads=st.sampled_from(["n", "m", "one"]),
 )
 def test_any_tiles_give_equal_results(
-    bits: int, small: Tile, limit: int, large: Tile, rows: int, n: int, k: int, planes: int, group: int | None
+    bits: int,
+    small: Tile,
+    limit: int,
+    large: Tile,
+    rows: int,
+    n: int,
+    k: int,
+    planes: int,
+    group: int | None,
+    panel: bool,
+    threads: str,
 ) -> None:
     weight, operands, exact = problem(bits, rows, n, k, planes, group)
-    variants = (Variant(small, limit), Variant(large, None))
+    last = Variant(large, None, panel=panel and KERNELS[bits].matmul.panel is not None, threads=threads)
+    variants = (Variant(small, limit), last)
     matmul = Matmul(bits, MatmulShape.of(weight), NATIVE, variants=variants)
     np.testing.assert_array_equal(matmul(rows, *operands), exact)
 
@@ -102,3 +115,25 @@ def test_the_same_sizes_give_the_same_function(bits: int) -> None:
         matmul_function(KERNELS[bits].matmul, MatmulShape(20, 40, 1, 2, 20), ONE, NATIVE.tier) for _ in range(2)
     )
     tvm.ir.assert_structural_equal(first, second, map_free_vars=True)
+
+
+@pytest.mark.parametrize("threads", ["n", "m", "one"])
+@pytest.mark.parametrize("panel", [False, True])
+def test_rows_beyond_a_chunk_and_segments_of_a_long_group(panel: bool, threads: str) -> None:
+    """More rows than a chunk holds, a K whose one group is cut into segments, ragged everywhere."""
+    for planes in (1, 2):
+        weight, operands, exact = problem(8, 300, 70, 1100, planes, None)
+        variants = (Variant(Tile(4, 3), None, panel=panel, threads=threads),)
+        got = Matmul(8, MatmulShape.of(weight), NATIVE, variants=variants)(300, *operands)
+        np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.parametrize("epilogue", [Epilogue(residual=True), Epilogue(True, "relu", residual=True)], ids=str)
+@pytest.mark.parametrize("bits", KERNELS)
+def test_a_residual_is_added_last(bits: int, epilogue: Epilogue) -> None:
+    weight, operands, exact = problem(bits, 5, 33, 50, 1, 20)
+    bias, residual = np.arange(33, dtype=np.float32), np.arange(5 * 33, dtype=np.float32).reshape(5, 33)
+    matmul = Matmul(bits, MatmulShape.of(weight), NATIVE, epilogue=epilogue)
+    got = matmul(5, *operands, *([bias] if epilogue.bias else []), residual)
+    expected = np.maximum(exact + bias, 0) if epilogue.bias else exact
+    np.testing.assert_array_equal(got, expected + residual)

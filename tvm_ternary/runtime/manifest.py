@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tvm_ternary.errors import ArtifactError, LayoutError
 
 FORMAT = "tvm-ternary"
-VERSION = 1
+VERSION = 2
 DTYPES = (
     "bool",
     "int8",
