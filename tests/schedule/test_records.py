@@ -74,11 +74,11 @@ def test_the_first_log_with_a_hit_counts(tmp_path: Path) -> None:
         read_log(write_log(tmp_path / name, [trial(seconds, workload=workload)]))
         for name, workload, seconds in (("none", OTHER, 1e-9), ("mine", key, 2e-6), ("shipped", key, 1e-6))
     ]
-    found = find_tuned(module, NAMES, logs)
+    found = find_tuned(workload_hash(module), NAMES, logs)
     assert found is not None
     assert found.seconds == 2e-6
     assert found.source.startswith(f"{tmp_path / 'mine'}#")
-    assert find_tuned(Toy(rows=64).workload(), NAMES, logs) is None
+    assert find_tuned(workload_hash(Toy(rows=64).workload()), NAMES, logs) is None
 
 
 def test_equal_workloads_share_a_hash_and_others_do_not() -> None:

@@ -226,19 +226,19 @@ def open_logs(target: str, folder: str | Path | None = None) -> tuple[TuningLog,
     return own if shipped is None else (*own, shipped)
 
 
-def find_tuned(module: tvm.IRModule, names: Collection[str], logs: Sequence[TuningLog]) -> Tuned | None:
-    """Give the result for an unscheduled workload from the first log that has one.
+def find_tuned(workload: str, names: Collection[str], logs: Sequence[TuningLog]) -> Tuned | None:
+    """Give the result for a workload from the first log that has one.
 
     Parameters
     ----------
-    module : tvm.IRModule
+    workload : str
+        Its `workload_hash`.
     names : collection of str
         The decisions that its schedule asks for. A record of a time when they were others is no hit.
     logs : sequence of TuningLog
         In order of precedence: the user's, then the shipped one.
     """
-    key = workload_hash(module)
-    return next((found for log in logs if (found := log.find(key, names)) is not None), None)
+    return next((found for log in logs if (found := log.find(workload, names)) is not None), None)
 
 
 def workload_hash(module: tvm.IRModule) -> str:
