@@ -15,13 +15,15 @@ import tvm_ffi
 from tvm_ternary.formats import Granularity, group_segments, pad_groups
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape, Variant
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import kernel_for
+from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import Target, host_features, resolve, target_names
 
-TARGETS = tuple(
-    name for name in target_names() if name != "native" and resolve(name).architecture == platform.machine()
+TARGETS = (
+    # The portable tier has no name of its own.
+    '{"kind": "llvm"}',
+    *(name for name in target_names() if name != "native" and resolve(name).architecture == platform.machine()),
 )
 NATIVE = resolve("native")
 UNIT = 2.0**-24
@@ -73,6 +75,8 @@ class Matmul:
         None: what ``schedules/`` holds for the target.
     rows : int, optional
         M where it is to be known when compiling.
+    packing : str
+        How the weights are packed.
     """
 
     def __init__(
@@ -84,9 +88,10 @@ class Matmul:
         variants: Sequence[Variant] | None = None,
         rows: int | None = None,
         epilogue: Epilogue = Epilogue(),  # noqa: B008  frozen
+        packing: str = "fast",
     ) -> None:
-        kernel = KERNELS[bits].matmul
-        chosen = tuple(variants or load_tiles(kernel.name, target.tier).variants)
+        kernel = kernel_for(bits, packing).matmul
+        chosen = tuple(variants or choose_variants(bits, shape, target.tier, packing=packing).variants)
         function = matmul_function(kernel, shape, chosen, target.tier, rows=rows, epilogue=epilogue)
         self.shape, self.variants, self.library = shape, chosen, build({"matmul": function}, target)
         self._function = self.library["matmul"]
@@ -114,23 +119,26 @@ def aligned(count: int) -> npt.NDArray[np.float32]:
 
 
 def rows_of(
-    bits: int, x: npt.NDArray[Any], x_scale: npt.NDArray[np.float32], granularity: Granularity
+    bits: int, x: npt.NDArray[Any], x_scale: npt.NDArray[np.float32], granularity: Granularity, block: int = 16
 ) -> list[npt.NDArray[Any]]:
     """The activations that a matmul takes, from (M, K) of them and their scales, packed by numpy alone.
 
-    x is float32 (32 bits, no scales), int8 (8 bits, x_scale (M, G)) or trits (1 bit, x_scale (M,)).
+    x is float32 (32 bits, no scales), int8 (8 bits, x_scale (M, G), for weights in blocks of ``block``) or trits
+    (1 bit, x_scale (M,)).
     """
     if bits == 32:
         return [pad_groups(x, granularity, 16)]
     if bits == 8:
-        padded = pad_groups(x, granularity, 16)
-        return [padded, segment_sums(padded, granularity, x.shape[1]), x_scale]
+        padded = pad_groups(x, granularity, block)
+        return [padded, segment_sums(padded, granularity, x.shape[1], block), x_scale]
     return [pack_trits(x, granularity), x_scale]
 
 
-def segment_sums(padded: npt.NDArray[np.int8], granularity: Granularity, k: int) -> npt.NDArray[np.int32]:
+def segment_sums(
+    padded: npt.NDArray[np.int8], granularity: Granularity, k: int, block: int = 16
+) -> npt.NDArray[np.int32]:
     """The sum of each segment of padded rows: (M, S)."""
-    splits, _ = group_segments(granularity.group_size(k), 16)
+    splits, _ = group_segments(granularity.group_size(k), block)
     segments = splits * granularity.groups(k)
     return padded.reshape(len(padded), segments, padded.shape[1] // segments).sum(axis=2, dtype=np.int32)
 

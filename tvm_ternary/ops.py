@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvm_ternary.errors import HostError, InputError, OptionError
-from tvm_ternary.formats import TernaryTensor
+from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.formats import TernaryTensor, require_packing
 from tvm_ternary.kernels.matmul import EPILOGUES, Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import KERNELS, kernel_for
 from tvm_ternary.schedule.records import open_logs
 from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.target import Target, host_features, resolve
+from tvm_ternary.target import Target, require_host, resolve
 
 
 class Linear:
@@ -42,10 +41,11 @@ class Linear:
         bias: npt.NDArray[np.float32] | None,
         epilogue: str | None,
         activation_bits: int,
+        packing: str,
         target: Target,
     ) -> None:
-        row, sizes = KERNELS[activation_bits], MatmulShape.of(weight)
-        choice = choose_variants(activation_bits, sizes, target.tier, open_logs(target.name))
+        row, sizes = kernel_for(activation_bits, packing), MatmulShape.of(weight)
+        choice = choose_variants(activation_bits, sizes, target.tier, open_logs(target.name), packing=packing)
         self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, choice.source
         self._row, self._sizes = row, sizes
         functions = {
@@ -99,6 +99,7 @@ def linear(
     target: str | Mapping[str, Any] = "native",
     *,
     activation_bits: int = 32,
+    packing: str = "fast",
 ) -> Linear:
     """Compile a linear layer with a ternary weight.
 
@@ -114,6 +115,8 @@ def linear(
         As in `tvm_ternary.compile`; it must be one that this host can run.
     activation_bits : int
         32 multiplies float activations, 8 quantizes each row to int8 first, 1 to ternary.
+    packing : str
+        ``fast``, or ``dense`` for five trits a byte (int8 activations only): see `tvm_ternary.compile`.
 
     Returns
     -------
@@ -131,6 +134,7 @@ def linear(
     """
     if activation_bits not in KERNELS:
         raise OptionError(f"activation_bits {activation_bits}", f"does not exist; expected one of {sorted(KERNELS)}")
+    require_packing(packing, activation_bits)
     if epilogue is not None and epilogue not in EPILOGUES:
         raise OptionError(f"epilogue {epilogue!r}", f"does not exist; expected one of {', '.join(EPILOGUES)}")
     if 0 in weight.shape:
@@ -139,14 +143,5 @@ def linear(
     if values is not None and values.shape != weight.shape[:1]:
         raise InputError("linear", f"bias has shape {values.shape}; expected {weight.shape[:1]}")
     resolved = resolve(target)
-    _check_host(resolved)
-    return Linear(weight, values, epilogue, activation_bits, resolved)
-
-
-def _check_host(target: Target) -> None:
-    subject, hint = f"target {target.name}", "leave target out to compile for this host"
-    if target.architecture != platform.machine():
-        raise HostError(subject, f"is for {target.architecture}; this host is {platform.machine()}", hint)
-    missing = sorted(target.features - host_features())
-    if missing:
-        raise HostError(subject, f"this CPU lacks {', '.join(missing)}", hint)
+    require_host(resolved, "leave target out to compile for this host")
+    return Linear(weight, values, epilogue, activation_bits, packing, resolved)

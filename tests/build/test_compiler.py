@@ -197,7 +197,7 @@ class TestOptions:
     @pytest.mark.parametrize("target", TARGETS)
     def test_every_target_that_runs_here_gives_the_same(self, model: Path, tmp_path: Path, target: str) -> None:
         name = runnable(target).name
-        artifact = compile(model, tmp_path / "out.so", target=name, scheme="t2a32g16")
+        artifact = compile(model, tmp_path / "out.so", target=target, scheme="t2a32g16")
         native = compile(model, tmp_path / "native.so", scheme="t2a32g16")
         assert artifact.manifest.target.name == name
         (got,), (want,) = (load(built.path).run(None, rows(6)) for built in (artifact, native))
@@ -207,6 +207,20 @@ class TestOptions:
         artifact = compile(model, tmp_path / "out.so", dims={"batch": 3}, scheme="t1a8")
         assert artifact.manifest.inputs[0].shape == (3, 64)
         assert load(artifact.path).run(None, rows(3))[0].shape == (3, 32)
+
+    def test_dense_packing_is_named_counted_and_gives_the_same(self, model: Path, tmp_path: Path) -> None:
+        dense, fast = (
+            compile(model, tmp_path / f"{packing}.so", scheme="t1a8", packing=packing) for packing in ("dense", "fast")
+        )
+        for layer, other in zip(dense.manifest.layers, fast.manifest.layers, strict=True):
+            assert (layer.kernel, layer.layout) == ("matmul_a8_dense", "dense")
+            assert (other.kernel, other.layout) == ("matmul_a8", "codes")
+            n, k = layer.shape
+            # A block is 20 k's; a scale of 32 bits a row.
+            assert layer.bits_per_weight == (32 * -(-k // 20) + 32) / k
+            assert n % 16 == 0
+        (got,), (want,) = (load(built.path).run(None, rows(6)) for built in (dense, fast))
+        assert relative_error(got, want) <= 1e-6
 
     def test_schemes_for_some_layers_and_methods(self, model: Path, tmp_path: Path) -> None:
         own = {"layers.0": "t1a1", "layers.1": "t3a32g16"}
@@ -244,6 +258,8 @@ class TestOptions:
             ({"layers": "("}, "layers '(': is no regular expression"),
             ({"layers": {"all": "int4"}}, "scheme 'int4': unknown"),
             ({"method": "gptq"}, "method 'gptq': unknown, expected one of "),
+            ({"packing": "tight"}, "packing 'tight': does not exist; expected one of fast, dense"),
+            ({"packing": "dense", "scheme": "t1a32"}, "packing 'dense': does not exist for a32 schemes; expected a8"),
             ({"weights": "outside"}, "weights 'outside': no such place; expected one of auto, inside, beside"),
             ({"dims": {"length": 4}}, "dimension length: the model has no such symbolic dimension; it has batch"),
             ({"constants": {"sr": 16000}}, "constant sr: the model has no such input; it has x"),

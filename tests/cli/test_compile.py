@@ -118,6 +118,8 @@ def test_help_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
         (["--constant", "x=1"], ["x: got a constant of shape", "batch"]),
         (["--constant", "x=one"], ["--constant", "x is 'one'", "expected a number"]),
         (["--constant", "x=[[1,2],[3]]"], ["--constant", "expected a number"]),
+        (["--packing", "tight"], ["packing 'tight'", "fast, dense"]),
+        (["--packing", "dense", "--scheme", "t1a32"], ["packing 'dense'", "a32", "expected a8"]),
         (["--weights", "nowhere"], ["--weights", "'nowhere'", "inside", "beside"]),
         (["--dump-ir", "/dev/null"], ["/dev/null", "folder"]),
     ],

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import Granularity, PerChannel, PerGroup, PerTensor, Scheme, granularity_from_suffix
+from tvm_ternary.formats import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Scheme,
+    granularity_from_suffix,
+    parse_packed,
+)
 
 from .strategies import granularities
 
@@ -79,3 +87,25 @@ def test_other_values_are_refused(planes: int, bits: int, granularity: Granulari
 def test_other_suffixes_are_refused(suffix: str) -> None:
     with pytest.raises(OptionError, match=r"granularity .* expected nothing"):
         granularity_from_suffix(suffix)
+
+
+@pytest.mark.parametrize(
+    ("text", "packing"), [("t1a8", "fast"), ("t1a8/fast", "fast"), ("t3a8g128/dense", "dense"), ("t1a1/fast", "fast")]
+)
+def test_a_packing_may_follow_a_scheme(text: str, packing: str) -> None:
+    assert parse_packed(text) == (Scheme.parse(text.partition("/")[0]), packing)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("t1a8/", "packing '': does not exist; expected one of fast, dense"),
+        ("t1a8/tight", "packing 'tight': does not exist; expected one of fast, dense"),
+        ("t1a1/dense", "packing 'dense': does not exist for a1 schemes; expected a8"),
+        ("t9/dense", "scheme 't9': unknown"),
+    ],
+)
+def test_a_packing_that_does_not_exist_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_packed(text)
+    assert str(caught.value).startswith(problem)

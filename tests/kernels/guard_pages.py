@@ -18,7 +18,7 @@ from tests.ternary_matmul import TARGETS, build, rows_of, unrunnable
 from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import EVERY_KERNEL, kernel_for
 from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.target import Target, resolve
@@ -52,13 +52,13 @@ def fenced(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-def run(target: Target, bits: int, n: int, k: int, kind: Granularity, bias: bool, rows: int) -> None:
+def run(target: Target, bits: int, packing: str, n: int, k: int, kind: Granularity, bias: bool, rows: int) -> None:
     """Prepare rows and multiply them, every array fenced."""
     rng = np.random.default_rng(0)
     scale = np.ones((2, *kind.scale_shape(n, k)), np.float32)
     weight = TernaryTensor.from_trits(rng.integers(-1, 2, (2, n, k), dtype=np.int8), scale, kind)
-    row, shape = KERNELS[bits], MatmulShape.of(weight)
-    variants = choose_variants(bits, shape, target.tier).variants
+    row, shape = kernel_for(bits, packing), MatmulShape.of(weight)
+    variants = choose_variants(bits, shape, target.tier, packing=packing).variants
     matmul = matmul_function(row.matmul, shape, variants, target.tier, epilogue=Epilogue(bias))
     library = build({"matmul": matmul, "rows": row.rows(shape)}, target)
     x = rng.standard_normal((rows, k)).astype(np.float32)
@@ -69,7 +69,8 @@ def run(target: Target, bits: int, n: int, k: int, kind: Granularity, bias: bool
     call(library["matmul"], *outputs, *map(fenced, constants), result)
     trits = np.zeros((rows, k), np.int8)
     groups = (rows, shape.groups) if bits == 8 else rows
-    zeros = rows_of(bits, trits if bits != 32 else trits.astype(np.float32), np.ones(groups, np.float32), kind)
+    values = trits if bits != 32 else trits.astype(np.float32)
+    zeros = rows_of(bits, values, np.ones(groups, np.float32), kind, row.matmul.block)
     call(library["matmul"], *map(fenced, zeros), *map(fenced, constants), result)
     assert (result == int(bias)).all(), "rows of zeros did not give the bias"
 
@@ -86,10 +87,10 @@ def main() -> None:
     for name in TARGETS:
         target = resolve(name)
         if unrunnable(target) is None:
-            for bits in KERNELS:
+            for bits, packing in EVERY_KERNEL:
                 for case in CASES:
-                    print(name, bits, case, flush=True)
-                    run(target, bits, *case)
+                    print(name, bits, packing, case, flush=True)
+                    run(target, bits, packing, *case)
     print("done", flush=True)
 
 

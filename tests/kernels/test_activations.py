@@ -84,20 +84,21 @@ class Rows:
 
 
 @pytest.mark.parametrize(("k", "kind"), SIZES, ids=IDS)
+@pytest.mark.parametrize("block", [16, 20])
 @pytest.mark.parametrize("target", TARGETS)
-def test_int8_rows_equal_their_reference(target: str, k: int, kind: Granularity) -> None:
+def test_int8_rows_equal_their_reference(target: str, block: int, k: int, kind: Granularity) -> None:
     shape = sizes(k, kind)
-    quantize = Rows(int8_rows(shape), runnable(target))
+    quantize = Rows(int8_rows(shape, block), runnable(target))
     for rows in ROWS:
         x = samples(rows, k)
-        filled = np.full((rows, shape.padded_k(16)), 99, np.int8)
-        sums, scales = np.full((rows, shape.segments(16)), 99, np.int32), np.full((rows, shape.groups), 99, np.float32)
+        filled, scales = np.full((rows, shape.padded_k(block)), 99, np.int8), np.full((rows, shape.groups), 99, "f4")
+        sums = np.full((rows, shape.segments(block)), 99, np.int32)
         x_q, x_sum, x_scale = quantize(x, filled, sums, scales)
         expected, scale = reference_int8_rows(x, shape)
-        padded = pad_groups(expected, kind, 16)
+        padded = pad_groups(expected, kind, block)
         np.testing.assert_array_equal(x_q, padded)
         np.testing.assert_array_equal(x_scale, scale)
-        np.testing.assert_array_equal(x_sum, segment_sums(padded, kind, k))
+        np.testing.assert_array_equal(x_sum, segment_sums(padded, kind, k, block))
 
 
 @pytest.mark.parametrize(("k", "kind"), SIZES, ids=IDS)

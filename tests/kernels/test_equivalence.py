@@ -20,7 +20,7 @@ from tvm_ternary.kernels.bits import reference_a1_dot
 from tvm_ternary.kernels.int8 import reference_a8_accumulators
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape, Variant
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import EVERY_KERNEL, kernel_for
 from tvm_ternary.target import Target, resolve
 
 Ints = npt.NDArray[np.int64]
@@ -69,12 +69,13 @@ class Problem:
     """A weight and a compiled matmul for it."""
 
     bits: int
+    packing: str
     case: Case
     weight: TernaryTensor
     matmul: Matmul
 
     @classmethod
-    def make(cls, bits: int, case: Case, target: Target, rng: np.random.Generator) -> Problem:
+    def make(cls, bits: int, packing: str, case: Case, target: Target, rng: np.random.Generator) -> Problem:
         trits = rng.integers(-1, 2, (case.planes, case.n, case.k), dtype=np.int8)
         # Between 0.1 and 1.1, either sign: a refit can make a scale negative.
         sizes = (case.planes, *case.kind.scale_shape(case.n, case.k))
@@ -82,8 +83,8 @@ class Problem:
         weight = TernaryTensor.from_trits(trits, scale.astype(np.float32), case.kind)
         weight = with_shared_scales(weight) if bits == 8 else weight
         shape = MatmulShape.of(weight)
-        matmul = Matmul(bits, shape, target, rows=case.rows, epilogue=Epilogue(case.bias))
-        return cls(bits, case, weight, matmul)
+        matmul = Matmul(bits, shape, target, rows=case.rows, epilogue=Epilogue(case.bias), packing=packing)
+        return cls(bits, packing, case, weight, matmul)
 
     def run(
         self,
@@ -93,8 +94,9 @@ class Problem:
         **scales: npt.NDArray[np.generic],
     ) -> npt.NDArray[np.float32]:
         """The kernel's result; ``scales`` take the place of the weight's own, packed."""
-        activations = rows_of(self.bits, x, x_scale, self.case.kind)
-        constants = KERNELS[self.bits].pack(self.weight) | scales
+        kernel = kernel_for(self.bits, self.packing)
+        activations = rows_of(self.bits, x, x_scale, self.case.kind, kernel.matmul.block)
+        constants = kernel.pack(self.weight) | scales
         return self.matmul(len(x), *activations, *constants.values(), *([bias] if self.case.bias else []))
 
     def scales(self, values: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.generic]]:
@@ -168,7 +170,7 @@ def assert_within_bound(problem: Problem, rows: int, rng: np.random.Generator) -
     bits, case, shape = problem.bits, problem.case, problem.matmul.shape
     bias = rng.standard_normal(case.n).astype(np.float32) if case.bias else np.zeros(case.n, np.float32)
     scale = problem.weight.scale.astype(np.float64).transpose(1, 0, 2)
-    block = KERNELS[bits].matmul.block
+    block = kernel_for(bits, problem.packing).matmul.block
     terms = shape.planes * shape.segments(block)
     if bits == 32:
         x = rng.standard_normal((rows, case.k)).astype(np.float32)
@@ -183,7 +185,12 @@ def assert_within_bound(problem: Problem, rows: int, rng: np.random.Generator) -
         x_scale = (rng.random((rows, shape.groups) if bits == 8 else rows) + 0.1).astype(np.float32)
         each = x_scale.astype(np.float64)[:, None, None]
         products = accumulators(bits, x, problem.weight) * scale * (each if bits == 8 else each[..., None])
-        exact, magnitude = products.sum(axis=(2, 3)), np.abs(products).sum(axis=(2, 3))
+        exact = products.sum(axis=(2, 3))
+        # Not of the groups' sums: those of a group's segments may cancel.
+        per_group = x_scale if bits == 8 else np.repeat(x_scale[:, None], shape.groups, axis=1)
+        steps = np.repeat(per_group.astype(np.float64), shape.group_size, axis=1)[:, : case.k]
+        spread = np.repeat(problem.weight.scale.astype(np.float64), shape.group_size, axis=2)[:, :, : case.k]
+        magnitude = (np.abs(x) * steps) @ np.abs(problem.weight.trits() * spread).sum(axis=0).T
         roundings = terms + 4
     exact, magnitude = exact + bias, magnitude + np.abs(bias)
     got = problem.run(x, x_scale, bias).astype(np.float64)
@@ -193,19 +200,19 @@ def assert_within_bound(problem: Problem, rows: int, rng: np.random.Generator) -
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_kernel_equals_its_reference(bits: int, target: str, case: Case) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_kernel_equals_its_reference(bits: int, packing: str, target: str, case: Case) -> None:
     rng = np.random.default_rng(CASES.index(case))
-    problem = Problem.make(bits, case, runnable(target), rng)
+    problem = Problem.make(bits, packing, case, runnable(target), rng)
     for rows in [case.rows] if case.rows else row_counts(problem.matmul.variants):
         assert_accumulators_equal(problem, rows, rng)
         assert_within_bound(problem, rows, rng)
 
 
-@pytest.mark.parametrize("bits", KERNELS)
-def test_kernel_equals_its_reference_on_a_large_matrix(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_kernel_equals_its_reference_on_a_large_matrix(bits: int, packing: str) -> None:
     rng = np.random.default_rng(0)
-    problem = Problem.make(bits, LARGE, NATIVE, rng)
+    problem = Problem.make(bits, packing, LARGE, NATIVE, rng)
     assert LARGE.rows is not None
     assert_accumulators_equal(problem, LARGE.rows, rng)
     assert_within_bound(problem, LARGE.rows, rng)
@@ -214,20 +221,21 @@ def test_kernel_equals_its_reference_on_a_large_matrix(bits: int) -> None:
 @pytest.mark.parametrize("kind", [PerChannel(), PerGroup(64)], ids=["row", "group"])
 @pytest.mark.parametrize("k", [4099, 100_003])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_largest_sums_do_not_overflow(bits: int, target: str, k: int, kind: Granularity) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_largest_sums_do_not_overflow(bits: int, packing: str, target: str, k: int, kind: Granularity) -> None:
     """All weights of a row +1 or -1, all activations of a row 127 or -127: |dot| = 127 K, still below 2^24."""
     signs = np.array([1, -1, 1], np.int8)
     trits = np.broadcast_to(signs[None, :, None], (1, 3, k))
     weight = TernaryTensor.from_trits(trits, np.ones((1, *kind.scale_shape(3, k)), np.float32), kind)
     shape = MatmulShape.of(weight)
-    matmul = Matmul(bits, shape, runnable(target))
+    kernel, matmul = kernel_for(bits, packing), Matmul(bits, shape, runnable(target), packing=packing)
     x_signs = np.array([1, -1, -1, 1, 1, -1], np.int8)
     x = np.broadcast_to((x_signs * LARGEST[bits]).astype(np.int8)[:, None], (6, k))
     expected = np.outer(x_signs, signs).astype(np.int64) * LARGEST[bits] * k
     for rows in (1, len(x)):
-        activations = rows_of(bits, as_activations(bits, x[:rows]), no_scale(bits, rows, shape.groups), kind)
-        got = matmul(rows, *activations, *KERNELS[bits].pack(weight).values())
+        values, scales = as_activations(bits, x[:rows]), no_scale(bits, rows, shape.groups)
+        activations = rows_of(bits, values, scales, kind, kernel.matmul.block)
+        got = matmul(rows, *activations, *kernel.pack(weight).values())
         np.testing.assert_array_equal(got, expected[:rows])
 
 

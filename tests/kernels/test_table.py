@@ -8,28 +8,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.formats.strategies import granularities, make_tensor
-from tvm_ternary.formats import Granularity, layouts
-from tvm_ternary.formats.scheme import ACTIVATION_BITS
+from tvm_ternary.errors import OptionError
+from tvm_ternary.formats import ACTIVATION_BITS, PACKINGS, Granularity, layouts
 from tvm_ternary.kernels.activations import reference_int8_rows, reference_ternary_rows
 from tvm_ternary.kernels.matmul import Epilogue, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant, ceil_div
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import DENSE, EVERY_KERNEL, KERNELS, kernel_for
 
 sizes = st.integers(1, 200)
 
 
 def test_every_activation_of_a_scheme_has_a_kernel() -> None:
     assert set(KERNELS) == set(ACTIVATION_BITS)
-    assert len({row.matmul.name for row in KERNELS.values()}) == len(KERNELS)
+    assert len({kernel_for(*key).matmul.name for key in EVERY_KERNEL}) == len(EVERY_KERNEL)
 
 
-@pytest.mark.parametrize("bits", KERNELS)
+def test_every_packing_of_the_formats_has_its_kernels() -> None:
+    assert {(bits, packing) for packing, kinds in PACKINGS.items() for bits in kinds} == set(EVERY_KERNEL)
+    assert kernel_for(8) is KERNELS[8]
+    assert kernel_for(8, "dense") is DENSE[8]
+
+
+@pytest.mark.parametrize(
+    ("bits", "packing", "text"),
+    [
+        (8, "tight", "packing 'tight': does not exist; expected one of fast, dense"),
+        (32, "dense", "packing 'dense': does not exist for a32 schemes; expected a8; leave packing out"),
+        (1, "dense", "packing 'dense': does not exist for a1 schemes; expected a8; leave packing out"),
+    ],
+)
+def test_a_packing_without_a_kernel_is_refused(bits: int, packing: str, text: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        kernel_for(bits, packing)
+    assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
 @given(n=sizes, k=sizes, planes=st.integers(1, 4), kind=granularities)
 def test_packed_weights_have_the_shape_that_the_kernel_expects(
-    bits: int, n: int, k: int, planes: int, kind: Granularity
+    bits: int, packing: str, n: int, k: int, planes: int, kind: Granularity
 ) -> None:
     weight = make_tensor(n, k, kind, planes, seed=0)
-    row, shape = KERNELS[bits], MatmulShape.of(weight)
+    row, shape = kernel_for(bits, packing), MatmulShape.of(weight)
     assert shape == MatmulShape(n, k, planes, kind.groups(k), kind.group_size(k))
     expected = [row.matmul.weight, *row.matmul.scales(shape)]
     packed = row.pack(weight)
@@ -38,7 +58,7 @@ def test_packed_weights_have_the_shape_that_the_kernel_expects(
         assert (array.shape, array.dtype) == (operand.shape(shape, 1), operand.dtype)
 
 
-@given(k=sizes, kind=granularities, block=st.sampled_from([16, 32]))
+@given(k=sizes, kind=granularities, block=st.sampled_from([16, 20, 32]))
 def test_padded_rows_fit_the_packed_weights(k: int, kind: Granularity, block: int) -> None:
     shape = MatmulShape(1, k, 1, kind.groups(k), kind.group_size(k))
     assert (shape.groups, shape.padded_k(block) // shape.groups) == layouts.padded_k(k, kind, block)
@@ -69,9 +89,9 @@ def test_a_variant_serves_up_to_its_limit() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bits", KERNELS)
-def test_definition_takes_what_the_kernel_names(bits: int, bias: bool) -> None:
-    kernel, shape = KERNELS[bits].matmul, MatmulShape(20, 40, 2, 2, 20)
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_definition_takes_what_the_kernel_names(bits: int, packing: str, bias: bool) -> None:
+    kernel, shape = kernel_for(bits, packing).matmul, MatmulShape(20, 40, 2, 2, 20)
     variants = (Variant(Tile(1, 1), 1), Variant(Tile(2, 2), None))
     function = define_matmul(kernel, shape, variants, epilogue=Epilogue(bias, "relu"))
     operands = kernel.operands(shape)

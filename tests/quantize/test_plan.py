@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.formats.strategies import granularities, make_tensor
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import Granularity, Scheme, pack_bits, pack_codes, pack_scale, pack_shared
+from tvm_ternary.formats import Granularity, Scheme, pack_bits, pack_codes, pack_dense, pack_scale, pack_shared
 from tvm_ternary.quantize.plan import GROUPS, LayerPlan, make_plan, packed_bits, parse_layers
 
 # Names as exporters write them, and what each is.
@@ -155,15 +155,31 @@ def test_a_matrix_that_would_grow_stays_float(shape: tuple[int, int], scheme: st
     n=st.integers(1, 100),
     k=st.integers(1, 200),
     planes=st.integers(1, 4),
-    bits=st.sampled_from([32, 8, 1]),
+    key=st.sampled_from([(32, "fast"), (8, "fast"), (8, "dense"), (1, "fast")]),
     kind=granularities,
 )
-def test_sizes_are_those_of_the_packed_arrays(n: int, k: int, planes: int, bits: int, kind: Granularity) -> None:
+def test_sizes_are_those_of_the_packed_arrays(
+    n: int, k: int, planes: int, key: tuple[int, str], kind: Granularity
+) -> None:
+    bits, packing = key
     tensor = make_tensor(n, k, kind, planes, seed=0)
     scheme = Scheme(planes, bits, kind)
     scales = pack_shared(tensor) if bits == 8 and planes > 1 else (pack_scale(tensor),)
-    packed = pack_bits(tensor) if bits == 1 else pack_codes(tensor)
+    packed = (pack_dense if packing == "dense" else pack_bits if bits == 1 else pack_codes)(tensor)
     size = sum(array.nbytes for array in (packed, *scales))
-    assert packed_bits((n, k), scheme) == 8 * size
-    (row,) = make_plan({"w": (n, k)}, scheme)
+    assert packed_bits((n, k), scheme, packing) == 8 * size
+    (row,) = make_plan({"w": (n, k)}, scheme, packing=packing)
     assert (row.scheme is not None) == (size < 4 * n * k)
+
+
+def test_dense_takes_four_fifths_where_no_group_is_padded() -> None:
+    scheme = Scheme.parse("t2a8g160")
+    fast, dense = (packed_bits((64, 1600), scheme, packing) for packing in ("fast", "dense"))
+    scales = 64 * 10 * (32 + 2 * 8)
+    assert 5 * (dense - scales) == 4 * (fast - scales) == 4 * 2 * 2 * 64 * 1600
+
+
+@pytest.mark.parametrize(("scheme", "layers"), [("t1a32", "all"), ("t1a8", ["w=t1a1", "all"])])
+def test_a_packing_that_a_scheme_does_not_have_is_refused(scheme: str, layers: str | list[str]) -> None:
+    with pytest.raises(OptionError, match=r"packing 'dense': does not exist for a.* schemes; expected a8"):
+        make_plan({"w": SIZE}, scheme, layers, "dense")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from tvm.s_tir import TensorIntrin
 
 from tests.ternary_matmul import TARGETS as NAMED
 from tests.ternary_matmul import build, runnable
+from tvm_ternary.formats import PACKINGS
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape, Variant
-from tvm_ternary.kernels.table import KERNELS
-from tvm_ternary.schedule.intrinsics import BYTE_DOTS, IMPLEMENTATIONS, decode_intrinsic, matmul_intrinsic
+from tvm_ternary.kernels.table import EVERY_KERNEL, KERNELS, kernel_for
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS, IMPLEMENTATIONS, ONE_ROW, decode_intrinsic, matmul_intrinsic
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import TIERS, Target, resolve
@@ -34,7 +36,8 @@ WIDE = tuple(name for name in TARGETS if resolve(name).vector_bits == 512)
 LOOP_END = re.compile(r"^\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\b.*?(\.L\w+)")
 LABEL = re.compile(r"^(\.L\w+):")
 # What only the loop over k does: multiply vectors, or count their bits.
-PRODUCT = re.compile(r"vpdpbusd|pmadd|sdot|mul (?:nsw )?<32 x i16>|fmuladd|ctpop")
+PRODUCT = re.compile(r"vpdpbusd|pmadd|sdot|mul (?:nsw )?<32 x i16>|ctpop")
+FLOAT_PRODUCT = re.compile(r"fmuladd")
 VECTOR_STORE = re.compile(r"^\s+v?mov\w*\s+%[xyz]mm\d+.*,\s*[-\w]*\(")
 
 
@@ -77,6 +80,31 @@ def test_int8_block_adds_codes_times_activations(
     x = rng.integers(-127, 128, 16, dtype=np.int8) if activation is None else np.full(16, activation, np.int8)
     acc = rng.integers(-(2**30), 2**30, 16, dtype=np.int32)
     expected = acc + values @ x.astype(np.int64)
+    for name in ("description", "implementation"):
+        np.testing.assert_array_equal(run(library, name, words, x, acc), expected)
+
+
+@cache
+def dense_blocks(target: str, ahead: bool) -> Any:
+    """As `both`, for five trits a byte; with ``ahead`` the block of a tile of one row."""
+    resolved = runnable(target)
+    intrinsic = TensorIntrin.get(matmul_intrinsic(kernel_for(8, "dense").matmul, resolved.tier, ahead=ahead))
+    return build({"description": intrinsic.desc, "implementation": intrinsic.impl}, resolved)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+@given(seed=seeds, code=codes, activation=activations)
+def test_dense_block_adds_digits_times_activations_times_minus_256(
+    target: str, ahead: bool, seed: int, code: int | None, activation: int | None
+) -> None:
+    library, rng = dense_blocks(target, ahead), np.random.default_rng(seed)
+    values = rng.integers(0, 3, (16, 5, 4)) if code is None else np.full((16, 5, 4), code)
+    numbers = (values * 3 ** np.arange(4, -1, -1)[:, None]).sum(axis=1)
+    words = (-(-256 * numbers // 243)).astype(np.uint8).view("<u4")[:, 0]
+    x = rng.integers(-127, 128, 20, dtype=np.int8) if activation is None else np.full(20, activation, np.int8)
+    acc = rng.integers(-(2**30), 2**30, 16, dtype=np.int32)
+    expected = acc - 256 * (values.reshape(16, 20) @ x.astype(np.int64))
     for name in ("description", "implementation"):
         np.testing.assert_array_equal(run(library, name, words, x, acc), expected)
 
@@ -167,9 +195,10 @@ def test_decoded_block_holds_the_codes_or_the_sum_of_planes(
 
 
 def test_every_kernel_has_an_implementation_for_every_tier() -> None:
-    kernels = {row.matmul.name for row in KERNELS.values()}
+    kernels = {kernel_for(*key).matmul.name for key in EVERY_KERNEL}
     panels = {row.matmul.panel.matmul(SHAPE).name for row in KERNELS.values() if row.matmul.panel}
     assert set(IMPLEMENTATIONS) == kernels | panels
+    assert set(ONE_ROW) <= kernels
     for rows in (BYTE_DOTS, *IMPLEMENTATIONS.values()):
         assert rows.keys() == TIERS.keys()
 
@@ -184,10 +213,10 @@ def test_the_name_says_kernel_and_tier() -> None:
 
 
 @cache
-def listing(bits: int, target: str, kind: str) -> str:
+def listing(bits: int, target: str, kind: str, packing: str = "fast") -> str:
     """The ``asm`` or ``ll`` of a kernel, with every variant in it. Needs no CPU of that kind."""
     resolved = resolve(target)
-    return str(compiled(KERNELS[bits].matmul, resolved).mod.inspect_source(kind))
+    return str(compiled(kernel_for(bits, packing).matmul, resolved).mod.inspect_source(kind))
 
 
 def tiles_of(kernel: MatmulKernel, tier: str) -> tuple[Variant, ...]:
@@ -228,6 +257,25 @@ def test_the_instruction_that_a_tier_is_for_does_the_work(bits: int, target: str
     assert any(re.search(rf"^\s+{instruction}", line) for loop in inner_loops(bits, target) for line in loop)
 
 
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("avx512-vnni", "vpavgb"),
+        ("avx2-vnni", "vpavgb"),
+        ("x86-64-v4", "vpavgb"),
+        ("x86-64-v3", "vpavgb"),
+        ("x86-64-v2", "pavgb"),
+        ("aarch64", "urhadd"),
+    ],
+)
+def test_digits_are_made_by_averages_of_bytes_alone(target: str, instruction: str) -> None:
+    """No byte is widened for one, and none is multiplied on x86."""
+    loops = [loop for loop in inner_loops(8, target, "dense") if any(instruction in line for line in loop)]
+    assert loops
+    for loop in loops:
+        assert not [line for line in loop if re.match(r"^\s+(?:v?pmull|v?pmovzx|v?packus|vpmovwb|u?xtl|uaddl)", line)]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_float_kernel_makes_floats_of_codes_by_their_bits(target: str) -> None:
     """No table is looked up and no integer is converted."""
@@ -236,28 +284,40 @@ def test_float_kernel_makes_floats_of_codes_by_their_bits(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_accumulators_are_no_memory_to_the_inner_loop(bits: int, target: str) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_accumulators_are_no_memory_to_the_inner_loop(bits: int, packing: str, target: str) -> None:
     """LLVM has made values of them all: the loop over k stores nothing."""
-    loops = [block for block in self_loops(listing(bits, target, "ll")) if PRODUCT.search(block)]
-    assert len(loops) >= len(tiles_of(KERNELS[bits].matmul, resolve(target).tier))
+    # Floats are multiplied by scales, too, after the loop over k.
+    product = FLOAT_PRODUCT if bits == 32 else PRODUCT
+    loops = [block for block in self_loops(listing(bits, target, "ll", packing)) if product.search(block)]
+    variants = tiles_of(kernel_for(bits, packing).matmul, resolve(target).tier)
+    assert len(loops) >= sum(not variant.tiles for variant in variants)
     for loop in loops:
         assert " store " not in loop
 
 
 @pytest.mark.parametrize("target", WIDE)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_accumulators_stay_in_registers(bits: int, target: str) -> None:
-    """With 32 registers of 16 lanes the tiles are chosen to fit. With 16 or narrower ones some are spilled."""
-    loops = inner_loops(bits, target)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_one_row_needs_no_memory_but_what_it_reads(packing: str, target: str) -> None:
+    """With 32 registers of 16 lanes. Tiles of several rows, with 16 accumulators, spill some of the decoded weights,
+    and are the fastest that were measured."""
+    resolved, kernel = resolve(target), kernel_for(8, packing).matmul
+    variants = (replace(tiles_of(kernel, resolved.tier)[0], max_rows=None),)
+    library = build({"matmul": matmul_function(kernel, SHAPE, variants, resolved.tier)}, resolved)
+    loops = loops_in(str(library.mod.inspect_source("asm")))
     assert loops
     for loop in loops:
         assert not [line for line in loop if VECTOR_STORE.match(line)]
 
 
-def inner_loops(bits: int, target: str) -> list[list[str]]:
+def inner_loops(bits: int, target: str, packing: str = "fast") -> list[list[str]]:
+    """Those of a kernel, as `loops_in` finds them."""
+    return loops_in(listing(bits, target, "asm", packing))
+
+
+def loops_in(assembly: str) -> list[list[str]]:
     """Loops of the assembly with no label inside, without the scalar ones that copy or count."""
-    lines = listing(bits, target, "asm").splitlines()
+    lines = assembly.splitlines()
     places = {match[1]: i for i, line in enumerate(lines) if (match := LABEL.match(line))}
     loops = []
     for i, line in enumerate(lines):
@@ -275,11 +335,11 @@ def self_loops(text: str) -> list[str]:
     return [block for block in blocks if re.search(rf"br i1 .*label %{re.escape(block.partition(':')[0])}\b", block)]
 
 
-@pytest.mark.parametrize("bits", KERNELS)
-def test_every_kernel_compiles_for_another_architecture(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_every_kernel_compiles_for_another_architecture(bits: int, packing: str, tmp_path: Path) -> None:
     """An object file for aarch64, which ELF numbers 183."""
-    target = resolve("aarch64")
-    for library in (compiled(KERNELS[bits].matmul, target), build({"rows": KERNELS[bits].rows(SHAPE)}, target)):
+    target, kernel = resolve("aarch64"), kernel_for(bits, packing)
+    for library in (compiled(kernel.matmul, target), build({"rows": kernel.rows(SHAPE)}, target)):
         path = tmp_path / "kernel.o"
         library.mod.write_to_file(str(path), "o")
         header = path.read_bytes()[:20]

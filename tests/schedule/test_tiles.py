@@ -9,12 +9,12 @@ import pytest
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.shape import Tile, Variant
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import EVERY_KERNEL, kernel_for
 from tvm_ternary.schedule import tiles
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import TIERS
 
-NAMES = [row.matmul.name for row in KERNELS.values()]
+NAMES = [kernel_for(*key).matmul.name for key in EVERY_KERNEL]
 EXPECTED = "expected [[variant]] tables with rows, blocks, perhaps panel and tiles; max_rows in all but the last"
 
 

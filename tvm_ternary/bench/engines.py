@@ -15,7 +15,7 @@ from tvm_ternary.errors import TernaryError
 from tvm_ternary.formats import TernaryTensor, with_shared_scales
 from tvm_ternary.formats.scheme import Scheme
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.ops import linear
 from tvm_ternary.target import Target
 
@@ -130,7 +130,7 @@ def random_weight(n: int, k: int, scheme: Scheme, seed: int = 0) -> TernaryTenso
     return TernaryTensor.from_trits(trits, scale, scheme.granularity)
 
 
-def ours(n: int, k: int, scheme: Scheme, target: Target, cache: int) -> Engine:
+def ours(n: int, k: int, scheme: Scheme, target: Target, cache: int, packing: str = "fast") -> Engine:
     """This package's kernels: the two functions that `tvm_ternary.ops.Linear` calls, on memory made beforehand.
 
     Parameters
@@ -142,11 +142,13 @@ def ours(n: int, k: int, scheme: Scheme, target: Target, cache: int) -> Engine:
         One that this host can run.
     cache : int
         Bytes that the copies of the weight exceed together; 0 for one copy.
+    packing : str
+        How its trits lie in memory.
     """
-    weight, row = with_shared_scales(random_weight(n, k, scheme)), KERNELS[scheme.activation_bits]
+    weight, row = with_shared_scales(random_weight(n, k, scheme)), kernel_for(scheme.activation_bits, packing)
     sizes, packed = MatmulShape.of(weight), tuple(row.pack(weight).values())
     size = sum(array.nbytes for array in packed)
-    functions = linear(weight, target=target.tvm, activation_bits=scheme.activation_bits).functions
+    functions = linear(weight, target=target.tvm, activation_bits=scheme.activation_bits, packing=packing).functions
     copies = [[aligned_copy(array) for array in packed] for _ in range(copies_beyond(cache, size))]
 
     def calls(x: Floats) -> Calls:
@@ -170,4 +172,5 @@ def ours(n: int, k: int, scheme: Scheme, target: Target, cache: int) -> Engine:
 
         return [bind([tvm_ffi.from_dlpack(array) for array in copy]) for copy in copies]
 
-    return Engine(str(scheme), size, weight.dequantize(), _BOUNDS[scheme.activation_bits], calls, _WORKERS)
+    name = str(scheme) if packing == "fast" else f"{scheme}/{packing}"
+    return Engine(name, size, weight.dequantize(), _BOUNDS[scheme.activation_bits], calls, _WORKERS)

@@ -18,7 +18,7 @@ from tvm_ternary.bench.peers.base import Problem
 from tvm_ternary.bench.roofline import Roofline
 from tvm_ternary.bench.timing import PACE, Spread, alternate
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats.scheme import Scheme
+from tvm_ternary.formats.scheme import parse_packed
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
 from tvm_ternary.target import Target, resolve
 
@@ -58,7 +58,7 @@ def measure_matmuls(
     rows : sequence of int
         The M's.
     schemes : sequence of str
-        Such as ``t1a8g128``.
+        Such as ``t1a8g128``, or ``t1a8/dense`` for another packing.
     peers : sequence of str
         Keys of `tvm_ternary.bench.peers.PEERS`, as `choose_peers` gives them.
     threads : int
@@ -92,14 +92,14 @@ def measure_matmuls(
             raise OptionError(name, f"is {values}; expected whole numbers from 1")
     if cold and min(rows) > COLD_ROWS:
         raise OptionError("cold", f"is for M up to {COLD_ROWS}; rows are {list(rows)}", "leave it out")
-    parsed, resolved = [Scheme.parse(scheme) for scheme in dict.fromkeys(schemes)], resolve(target)
+    parsed, resolved = list(dict.fromkeys(map(parse_packed, schemes))), resolve(target)
     compute = ComputeThread(tvm_ffi, thread_count(threads))
     limits = roofline or Roofline(resolved, threads)
     cache = _COPIES * last_level_cache() if cold else 0
-    compared = [name for name in peers if any(s.activation_bits in PEERS[name].activation_bits for s in parsed)]
+    compared = [name for name in peers if any(s.activation_bits in PEERS[name].activation_bits for s, _ in parsed)]
     for n, k in shapes:
         refusals = {name: reason for name in compared if (reason := PEERS[name].refuses(n, k)) is not None}
-        own = {scheme: ours(n, k, scheme, resolved, cache) for scheme in parsed}
+        own = {key: ours(n, k, key[0], resolved, cache, key[1]) for key in parsed}
         problem = Problem.random(n, k, threads, cache)
         others = [compute.call(PEERS[name].make, name, problem) for name in compared if name not in refusals]
         for m in rows:
@@ -107,7 +107,7 @@ def measure_matmuls(
             measured = _Turns([*own.values(), *others], x, compute)
             for state in cache_states(m, cold):
                 times = measured.time(state, turns)
-                for scheme, engine in own.items():
+                for (scheme, _), engine in own.items():
                     bits, moved = scheme.activation_bits, x.nbytes + 4 * m * n
                     beside = [other for other in others if bits in PEERS[other.name].activation_bits]
                     yield Measurement(

@@ -12,7 +12,7 @@ from tvm_ternary.bench.measurement import Measurement
 from tvm_ternary.bench.roofline import Limits
 from tvm_ternary.errors import HostError, OptionError
 from tvm_ternary.files import atomic_path
-from tvm_ternary.formats.scheme import Scheme
+from tvm_ternary.formats.scheme import parse_packed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def _draw(
         axes.plot(x, y, markers[m], color=colours[name], markersize=size, markeredgecolor="black", markeredgewidth=edge)
     low, high = min(x for *_, x, _ in points), max(x for *_, x, _ in points)
     if limits is not None:
-        kinds = {_PEAK_OF[Scheme.parse(one.scheme).activation_bits] for one in measurements}
+        kinds = {_PEAK_OF[parse_packed(one.scheme)[0].activation_bits] for one in measurements}
         kinds |= {"int8 tiles"} if "int8" in kinds else set()
         peaks = {name: peak for name, peak in limits.peaks.items() if name in kinds}
         # Where even the fastest level no longer keeps the arithmetic busy shall be seen.

@@ -71,6 +71,7 @@ def compile(
     method: str = "twn",
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
+    packing: str = "fast",
     weights: str = "auto",
     tuning_log: str | Path | None = None,
     dump_ir: str | Path | None = None,
@@ -98,6 +99,9 @@ def compile(
         Values of symbolic dimensions, or the name of another one that a dimension equals; the others stay dynamic.
     constants : mapping, optional
         Values of inputs that become constants (a sampling rate, a flag).
+    packing : str
+        ``fast`` keeps trits in 2 bits. ``dense`` keeps five in a byte, 1.6 bits each, where all schemes are ``a8``; it
+        suits one scale a row or groups of 128 and more, since a group is padded to a multiple of 20 weights.
     weights : str
         ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
     tuning_log : path, optional
@@ -135,9 +139,11 @@ def compile(
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)
         dump("import", imported.module)
-        plan = make_plan({name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers)
+        plan = make_plan(
+            {name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers, packing
+        )
     with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
-        quantized, errors = _quantize(imported.params, plan, method, step)
+        quantized, errors = _quantize(imported.params, plan, method, packing, step)
     with stages.stage("lower"):
         size = sum(layer.packed_bytes for layer in quantized.values())
         size += sum(array.nbytes for name, array in imported.params.items() if name not in quantized)
@@ -156,7 +162,11 @@ def compile(
 
 
 def _quantize(
-    params: Mapping[str, npt.NDArray[Any]], plan: Sequence[LayerPlan], method: str, step: Callable[[], None]
+    params: Mapping[str, npt.NDArray[Any]],
+    plan: Sequence[LayerPlan],
+    method: str,
+    packing: str,
+    step: Callable[[], None],
 ) -> tuple[dict[str, TernaryLayer], dict[str, float]]:
     layers: dict[str, TernaryLayer] = {}
     errors: dict[str, float] = {}
@@ -165,7 +175,7 @@ def _quantize(
             continue
         dense = params[row.name].T
         weight = quantize(dense, row.scheme, method, name=row.name)
-        layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits)
+        layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits, packing)
         errors[row.name] = quantization_error(dense, weight)
         step()
     return layers, errors

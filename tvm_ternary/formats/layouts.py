@@ -22,11 +22,12 @@ _T = TypeVar("_T", bound=np.generic)
 
 LANES = 16
 CODES_BLOCK = 16
+DENSE_BLOCK = 20
 BITS_BLOCK = 32
 
-# Codes are summed in stretches of at most this many blocks (512 k's): a tile's stay in a first-level cache once decoded
-# to bytes, and what they sum to is a whole number that float32 holds.
-SEGMENT_BLOCKS = 32
+# Trits are summed in stretches of at most this many k's: a tile's stay in a first-level cache once decoded to bytes,
+# and what they sum to is a whole number that float32 holds.
+SEGMENT = 512
 
 # Sixteen codes of a zero trit (0b01).
 ZERO_CODES = 0x55555555
@@ -39,19 +40,20 @@ def group_segments(group_size: int, block: int) -> tuple[int, int]:
     ----------
     group_size : int
     block : int
-        `CODES_BLOCK` or `BITS_BLOCK`; a group of bits is one segment.
+        k's of a packed word: `CODES_BLOCK`, `DENSE_BLOCK` or `BITS_BLOCK`; a group of bits is one segment.
 
     Returns
     -------
     count, blocks : int
-        Segments of a group and blocks of a segment; without padding beyond the last block where some count allows it.
+        Segments of a group and blocks of a segment, in the number that needs the least padding. Where there are several
+        of codes, blocks are a multiple of 4 (the 64 k's that AMX multiplies at a time).
     """
-    blocks = -(-group_size // block)
-    if block == BITS_BLOCK:
+    blocks, most = -(-group_size // block), SEGMENT // block
+    if block == BITS_BLOCK or blocks <= most:
         return 1, blocks
-    least = -(-blocks // SEGMENT_BLOCKS)
-    count = next((count for count in range(least, 2 * least) if blocks % count == 0), least)
-    return count, -(-blocks // count)
+    least, step = -(-blocks // most), 4 if block == CODES_BLOCK else 1
+    choices = ((count, step * -(-blocks // (step * count))) for count in range(least, 2 * least))
+    return min(choices, key=lambda choice: (choice[0] * choice[1], choice[0]))
 
 
 def padded_k(k: int, granularity: Granularity, block: int) -> tuple[int, int]:
@@ -62,7 +64,7 @@ def padded_k(k: int, granularity: Granularity, block: int) -> tuple[int, int]:
     k : int
     granularity : Granularity
     block : int
-        `CODES_BLOCK` or `BITS_BLOCK`.
+        k's of a packed word.
 
     Returns
     -------
@@ -82,7 +84,7 @@ def pad_groups(x: npt.NDArray[_T], granularity: Granularity, block: int) -> npt.
         Activations (or trits).
     granularity : Granularity
     block : int
-        `CODES_BLOCK` or `BITS_BLOCK`.
+        k's of a packed word.
 
     Returns
     -------
@@ -123,7 +125,7 @@ def pack_codes(tensor: TernaryTensor) -> npt.NDArray[np.uint32]:
             words = quads[..., 0].copy()
             for s in (1, 2, 3):
                 words |= quads[..., s] << np.uint32(2 * s)
-            out[p, _lane_blocks(rows)] = _to_lanes(words, ZERO_CODES)
+            out[p, lane_blocks(rows)] = to_lanes(words, ZERO_CODES)
     return out
 
 
@@ -151,18 +153,18 @@ def unpack_codes(
     n, k = shape
     groups, padded = padded_k(k, granularity, CODES_BLOCK)
     width = groups * padded
-    _check_array("codes", codes, (-(-n // LANES), width // CODES_BLOCK, LANES))
+    check_array("codes", codes, (-(-n // LANES), width // CODES_BLOCK, LANES))
     planes = np.empty((codes.shape[0], 2, n, plane_words(k)), dtype=np.uint64)
     for p in range(codes.shape[0]):
         for rows in row_blocks(n, width, LANES):
-            words = _from_lanes(codes[p, _lane_blocks(rows)])
+            words = from_lanes(codes[p, lane_blocks(rows)])
             quads = np.empty((*words.shape, 4), dtype="<u4")
             for s in range(4):
                 quads[..., s] = (words >> np.uint32(2 * s)) & np.uint32(0x03030303)
             padded_trits = quads.view(np.int8).reshape(-1, width) - np.int8(1)
             if (padded_trits == 2).any():
                 raise LayoutError("codes", "holds code 3, expected 0, 1 or 2", "pack with pack_codes")
-            trits = _crop("codes", padded_trits, rows, k, granularity, CODES_BLOCK)
+            trits = crop("codes", padded_trits, rows, k, granularity, CODES_BLOCK)
             planes[p, :, rows] = pack_planes(trits > 0, trits < 0)
     return TernaryTensor(planes, scale, shape, granularity)
 
@@ -185,7 +187,7 @@ def pack_bits(tensor: TernaryTensor) -> npt.NDArray[np.uint32]:
             trits = pad_groups(unpack_planes(tensor.planes[p, :, rows], k), tensor.granularity, BITS_BLOCK)
             for half, bits in enumerate((trits != 0, trits < 0)):
                 words = np.packbits(bits, axis=-1, bitorder="little").view("<u4")
-                out[p, _lane_blocks(rows), :, half] = _to_lanes(words, 0)
+                out[p, lane_blocks(rows), :, half] = to_lanes(words, 0)
     return out
 
 
@@ -213,18 +215,18 @@ def unpack_bits(
     n, k = shape
     groups, padded = padded_k(k, granularity, BITS_BLOCK)
     width = groups * padded
-    _check_array("bits", bits, (-(-n // LANES), width // BITS_BLOCK, 2, LANES))
+    check_array("bits", bits, (-(-n // LANES), width // BITS_BLOCK, 2, LANES))
     if (bits[..., 1, :] & ~bits[..., 0, :]).any():
         raise LayoutError("bits", "a zero trit is marked minus, expected minus only where nonzero", "use pack_bits")
     planes = np.empty((bits.shape[0], 2, n, plane_words(k)), dtype=np.uint64)
     for p in range(bits.shape[0]):
         for rows in row_blocks(n, width, LANES):
-            block = bits[p, _lane_blocks(rows)]
+            block = bits[p, lane_blocks(rows)]
             nonzero, minus = (
-                np.unpackbits(_from_lanes(block[:, :, half]).view(np.uint8), axis=-1, bitorder="little").view(np.int8)
+                np.unpackbits(from_lanes(block[:, :, half]).view(np.uint8), axis=-1, bitorder="little").view(np.int8)
                 for half in (0, 1)
             )
-            trits = _crop("bits", nonzero - 2 * minus, rows, k, granularity, BITS_BLOCK)
+            trits = crop("bits", nonzero - 2 * minus, rows, k, granularity, BITS_BLOCK)
             planes[p, :, rows] = pack_planes(trits > 0, trits < 0)
     return TernaryTensor(planes, scale, shape, granularity)
 
@@ -260,12 +262,12 @@ def _for_rows(tensor: TernaryTensor, scale: npt.NDArray[_T]) -> npt.NDArray[_T]:
     return out
 
 
-def _lane_blocks(rows: slice) -> slice:
+def lane_blocks(rows: slice) -> slice:
     """The blocks of `LANES` rows that hold rows, which start at a multiple of `LANES`."""
     return slice(rows.start // LANES, -(-rows.stop // LANES))
 
 
-def _to_lanes(words: npt.NDArray[np.uint32], fill: int) -> npt.NDArray[np.uint32]:
+def to_lanes(words: npt.NDArray[np.uint32], fill: int) -> npt.NDArray[np.uint32]:
     """(R, W) words to (ceil(R / 16), W, 16), the missing rows filled."""
     rows, width = words.shape
     missing = -rows % LANES
@@ -274,20 +276,21 @@ def _to_lanes(words: npt.NDArray[np.uint32], fill: int) -> npt.NDArray[np.uint32
     return words.reshape(-1, LANES, width).transpose(0, 2, 1)
 
 
-def _from_lanes(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """(B, W, 16) words to (16 * B, W), little endian; the inverse of `_to_lanes` but for the padding rows."""
+def from_lanes(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """(B, W, 16) words to (16 * B, W), little endian; the inverse of `to_lanes` but for the padding rows."""
     blocks, width, _ = words.shape
     return np.ascontiguousarray(words.transpose(0, 2, 1), dtype="<u4").reshape(blocks * LANES, width)
 
 
-def _check_array(name: str, array: npt.NDArray[np.uint32], expected: tuple[int, ...]) -> None:
+def check_array(name: str, array: npt.NDArray[np.uint32], expected: tuple[int, ...]) -> None:
+    """Refuse a packed array of another dtype, or whose axes behind the planes are not ``expected``."""
     if array.dtype != np.uint32 or array.ndim != len(expected) + 1 or array.shape[1:] != expected:
         wanted = f"uint32 of shape (planes, {', '.join(map(str, expected))})"
         problem = f"{array.dtype} of shape {array.shape}, expected {wanted}"
         raise LayoutError(name, problem, "check shape and granularity")
 
 
-def _crop(
+def crop(
     name: str, trits: npt.NDArray[np.int8], rows: slice, k: int, granularity: Granularity, block: int
 ) -> npt.NDArray[np.int8]:
     """Drop padding rows and columns from (R, width) trits; refuse padding that holds weights."""

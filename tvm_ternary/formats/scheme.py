@@ -10,6 +10,11 @@ from tvm_ternary.formats.granularity import Granularity, PerChannel, PerGroup, P
 
 MAX_PLANES = 4
 ACTIVATION_BITS = (32, 8, 1)
+PACKINGS: dict[str, tuple[int, ...]] = {"fast": ACTIVATION_BITS, "dense": (8,)}
+"""How trits may lie in memory, and the bits of the activations that there is a kernel for.
+
+``fast`` takes 2 bits a weight and the fewest operations; ``dense`` 1.6 bits and about twice as many.
+"""
 
 _SUFFIX = r"pt|g[1-9][0-9]{0,17}|"
 _NAME = re.compile(rf"t([1-4])a(32|8|1)({_SUFFIX})")
@@ -66,6 +71,36 @@ class Scheme:
 
     def __str__(self) -> str:
         return f"t{self.planes}a{self.activation_bits}{self.granularity.suffix}"
+
+
+def require_packing(packing: str, activation_bits: int) -> None:
+    """Refuse a packing that does not exist, at all or for these activations.
+
+    Raises
+    ------
+    OptionError
+        The message lists what exists.
+    """
+    if packing not in PACKINGS:
+        raise OptionError(f"packing {packing!r}", f"does not exist; expected one of {', '.join(PACKINGS)}")
+    if activation_bits not in PACKINGS[packing]:
+        kinds = " and ".join(f"a{bits}" for bits in PACKINGS[packing])
+        problem = f"does not exist for a{activation_bits} schemes; expected {kinds}"
+        raise OptionError(f"packing {packing!r}", problem, "leave packing out, or choose another scheme")
+
+
+def parse_packed(text: str) -> tuple[Scheme, str]:
+    """Read a scheme's short name, perhaps with a packing: ``t1a8`` or ``t1a8/dense``.
+
+    Raises
+    ------
+    OptionError
+        If there is no such scheme or packing, or not both together.
+    """
+    name, slash, packing = text.partition("/")
+    scheme, chosen = Scheme.parse(name), packing if slash else "fast"
+    require_packing(chosen, scheme.activation_bits)
+    return scheme, chosen
 
 
 def granularity_from_suffix(suffix: str) -> Granularity:

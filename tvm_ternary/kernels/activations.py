@@ -30,18 +30,18 @@ PARALLEL_ROWS = 8
 _BITS = 32
 
 
-def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
+def int8_rows(shape: MatmulShape, block: int = LANES) -> tirx.PrimFunc:
     """Absmax quantization: x (M, K) float32 -> x_q (M, Kp) int8, x_sum (M, S) int32, x_scale (M, G) float32.
 
     A row has one scale for each group of the weight it is to meet, so one where the weight is scaled by channel. For a
     group: x_scale = absmax / 127, x_q = round-half-to-even(x * (127 / absmax)); x_sum holds the sum of each segment's
     x_q. The error of a value is at most x_scale / 2. NaN or infinity makes x_scale not finite, and so all of its
-    group's results.
+    group's results. Groups are padded to whole blocks of ``block`` k's.
     """
     with _function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
-        x_q = T.arg("x_q", T.buffer((m, shape.padded_k(16)), "int8"))
-        x_sum = T.arg("x_sum", T.buffer((m, shape.segments(16)), "int32"))
+        x_q = T.arg("x_q", T.buffer((m, shape.padded_k(block)), "int8"))
+        x_sum = T.arg("x_sum", T.buffer((m, shape.segments(block)), "int32"))
         x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
 
         def row(i: Expr) -> None:
@@ -70,12 +70,12 @@ def int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
                         T.buffer_store(x_q, T.Cast(_lanes("int8", width), q), [i, at])
                         T.buffer_store(sums, sums[lane] + q, [lane])
 
-                    width = shape.segment_blocks(LANES) * LANES
+                    width = shape.segment_blocks(block) * block
                     _blocks(sg * width, width, count, value, lambda at: T.buffer_store(x_q, T.int8(0), [i, at]))
                     _across(sums, lambda a, b: a + b)
                     T.buffer_store(x_sum, sums[0], [i, sg])
 
-                _for_segments(shape, g, size, segment)
+                _for_segments(shape, block, g, size, segment)
 
             _for_groups(shape, group)
 
@@ -180,12 +180,12 @@ def _for_groups(shape: MatmulShape, emit: Callable[[Expr, int], None]) -> None:
     emit(tirx.const(shape.groups - 1, "int32"), last)
 
 
-def _for_segments(shape: MatmulShape, g: Expr, size: int, emit: Callable[[Expr, Expr, int], None]) -> None:
+def _for_segments(shape: MatmulShape, block: int, g: Expr, size: int, emit: Callable[[Expr, Expr, int], None]) -> None:
     """Run ``emit(segment, its first k in the group, count)`` for each segment of a group of ``size`` values.
 
     Whole ones first, then the one that is cut short, then those that hold nothing.
     """
-    splits, width = shape.splits(LANES), shape.segment_blocks(LANES) * LANES
+    splits, width = shape.splits(block), shape.segment_blocks(block) * block
     whole, rest = divmod(size, width)
     if splits == 1:
         emit(g, 0, size)
@@ -208,16 +208,16 @@ def _blocks(
     """Visit ``width`` places from ``start`` on: ``value(k, place, lane, width)`` for ``size`` values, ``zero(place)``
     behind them.
 
-    The indices of a whole block are ramps of sixteen, those of what is left single numbers: width is 16 or 1.
+    Sixteen at a time, then four, then one: ``value`` is told how many, and its indices are ramps of that width.
     """
-    whole = size // LANES
-    if whole:
-        with T.serial(0, whole) as b:
-            at = start + b * LANES
-            value(tirx.Ramp(b * LANES, 1, LANES), tirx.Ramp(at, 1, LANES), tirx.Ramp(0, 1, LANES), LANES)
-    if size % LANES:
-        with T.serial(0, size % LANES) as lane:
-            value(whole * LANES + lane, start + whole * LANES + lane, lane, 1)
+    done = 0
+    for step in (LANES, 4, 1):
+        count = (size - done) // step
+        if count:
+            with T.serial(0, count) as b:
+                k = done + b * step
+                value(_ramp(k, step), _ramp(start + k, step), _ramp(0, step), step)
+        done += count * step
     if width > size:
         with T.serial(size, width) as k:
             zero(start + k)
@@ -239,6 +239,10 @@ def _fold(
 
 def _lanes(dtype: str, width: int) -> str:
     return dtype if width == 1 else f"{dtype}x{width}"
+
+
+def _ramp(start: Expr, width: int) -> Expr:
+    return start if width == 1 else tirx.Ramp(start, 1, width)
 
 
 def _splat(value: Expr, width: int) -> Expr:

@@ -18,12 +18,21 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.formats import LANES, TernaryTensor
-from tvm_ternary.kernels.codes import BLOCK, WEIGHT, code, padded_row
+from tvm_ternary.kernels.codes import BLOCK, WEIGHT, code
 from tvm_ternary.kernels.matmul import Expr, MatmulKernel, Operand, Panel, Place
 from tvm_ternary.kernels.shape import MatmulShape
 
 MIDDLE = 64
 """What a panel byte of a zero weight is, where planes are summed."""
+
+
+def int8_activations(block: int) -> tuple[Operand, ...]:
+    """What `activations.int8_rows` makes for weights in blocks of ``block`` k's."""
+    return (
+        Operand("x_q", "int8", lambda shape, m: (m, shape.padded_k(block))),
+        Operand("x_sum", "int32", lambda shape, m: (m, shape.segments(block))),
+        Operand("x_scale", "float32", lambda shape, m: (m, shape.groups)),
+    )
 
 
 def _scales(shape: MatmulShape) -> tuple[Operand, ...]:
@@ -38,7 +47,7 @@ def _scaled(b: dict[str, Expr], dot: Expr, at: Place) -> Expr:
     return b["scale"][at.group, at.column] * (T.Cast("float32", dot) * b["x_scale"][at.row, at.group])
 
 
-def _term(b: dict[str, Expr], acc: Expr, at: Place) -> Expr:
+def scaled_plane(b: dict[str, Expr], acc: Expr, at: Place) -> Expr:
     """One plane's share: its codes stand for t + 1."""
     dot = acc - b["x_sum"][at.row, at.segment]
     if "factor" in b:
@@ -86,11 +95,7 @@ A8 = MatmulKernel(
     name="matmul_a8",
     layout="codes",
     block=BLOCK,
-    activations=(
-        Operand("x_q", "int8", padded_row),
-        Operand("x_sum", "int32", lambda shape, m: (m, shape.segments(BLOCK))),
-        Operand("x_scale", "float32", lambda shape, m: (m, shape.groups)),
-    ),
+    activations=int8_activations(BLOCK),
     weight=WEIGHT,
     scales=_scales,
     accumulator="int32",
@@ -98,7 +103,7 @@ A8 = MatmulKernel(
     multiply_add=lambda b, row, p, nb, kb, lane, s, j: (
         T.Cast("int32", code(b, p, nb, kb, lane, s, j)) * T.Cast("int32", b["x_q"][row, kb * BLOCK + s * 4 + j])
     ),
-    term=_term,
+    term=scaled_plane,
     row_scale=None,
     panel=Panel(_PANEL_WEIGHT, _decode, _panel_matmul),
 )

@@ -295,6 +295,8 @@ class _Body:
 
     def _row(self, outer: Expr, inner: Expr) -> Expr:
         """The row of activations that a tile reads, the chunk's last one where the tile reaches past it."""
+        if self.variant.tiles:
+            return T.min(self.first + outer * self.tile.rows, self.m - self.tile.rows) + inner
         index = outer * self.tile.rows + inner
         return self.first + (index if self.tile.rows == 1 else T.min(index, self.count - 1))
 
@@ -341,14 +343,15 @@ class _Body:
         with T.grid(self.row_tiles, self.tile.rows, self.block_count, LANES) as loops, T.sblock("y" + self.suffix):
             mo, mi, nb, lane = T.axis.remap("SSSS", list(loops))
             index, n = mo * self.tile.rows + mi, nb * LANES + lane
-            m = self.first + index
+            m = self._row(mo, mi) if self.variant.tiles else self.first + index
+            there = tirx.const(True, "bool") if self.variant.tiles else index < self.count
             T.reads(total[mo, mi, nb, lane])
             T.writes(self.buffers["y"][m, n])
             if whole:
-                with T.If(T.And(index < self.count, nb < whole)), T.Then():
+                with T.If(T.And(there, nb < whole)), T.Then():
                     self._store(total[mo, mi, nb, lane], m, n)
             if rest:
-                with T.If(T.And(index < self.count, nb == whole)), T.Then(), T.If(lane < rest), T.Then():
+                with T.If(T.And(there, nb == whole)), T.Then(), T.If(lane < rest), T.Then():
                     self._store(total[mo, mi, nb, lane], m, n)
 
     def _store(self, value: Expr, m: Expr, n: Expr) -> None:

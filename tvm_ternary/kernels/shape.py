@@ -92,6 +92,9 @@ class Variant:
     panel : bool
         Whether the weights of a tile are decoded to bytes once for all rows, planes summed, rather than in registers
         for each tile of rows. For kernels that have a panel.
+    tiles : bool
+        Whether the panel is multiplied by tile registers (AMX). Rows of a tile then lie side by side: the last tile
+        starts early enough to end with the last row, so that M must not be below the rows of a tile.
     threads : str
         What is spread over threads: ``n``, tiles of out_features; ``m``, chunks of rows; ``one``, nothing.
     """
@@ -99,6 +102,7 @@ class Variant:
     tile: Tile
     max_rows: int | None
     panel: bool = False
+    tiles: bool = False
     threads: str = "n"
 
     def serves(self, rows: int) -> bool:

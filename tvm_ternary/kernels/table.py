@@ -1,4 +1,4 @@
-"""The kernel table: one row for each kind of activation that a scheme can name.
+"""The kernel table: one row for each kind of activation that a scheme can name, and for each packing of its weights.
 
 The importer's passes, the benchmark and the equivalence test read this table; a new kernel is a new row.
 """
@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 from tvm import tirx
 
-from tvm_ternary.formats import TernaryTensor, pack_bits, pack_codes, pack_scale, pack_shared
+from tvm_ternary.formats import (
+    TernaryTensor,
+    pack_bits,
+    pack_codes,
+    pack_dense,
+    pack_scale,
+    pack_shared,
+    require_packing,
+)
 from tvm_ternary.kernels.activations import int8_rows, padded_rows, ternary_rows
 from tvm_ternary.kernels.bits import A1
+from tvm_ternary.kernels.dense import A8_DENSE
 from tvm_ternary.kernels.float32 import A32
 from tvm_ternary.kernels.int8 import A8
 from tvm_ternary.kernels.matmul import MatmulKernel
@@ -48,9 +58,16 @@ def _pack_a32(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
 
 
 def _pack_a8(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
+    return {"codes": pack_codes(weight), **_shared_scales(weight)}
+
+
+def _pack_a8_dense(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
+    return {"dense": pack_dense(weight), **_shared_scales(weight)}
+
+
+def _shared_scales(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
     factor, scale = pack_shared(weight)
-    factors = {"factor": factor} if weight.num_planes > 1 else {}
-    return {"codes": pack_codes(weight), **factors, "scale": scale}
+    return {"factor": factor, "scale": scale} if weight.num_planes > 1 else {"scale": scale}
 
 
 def _pack_a1(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
@@ -62,4 +79,31 @@ KERNELS: dict[int, TernaryKernel] = {
     8: TernaryKernel(A8, _pack_a8, int8_rows, lambda shape: False),
     1: TernaryKernel(A1, _pack_a1, ternary_rows, lambda shape: False),
 }
-"""Bits of an activation to kernel."""
+"""Bits of an activation to kernel, weights packed for speed."""
+
+DENSE: dict[int, TernaryKernel] = {
+    8: TernaryKernel(A8_DENSE, _pack_a8_dense, partial(int8_rows, block=A8_DENSE.block), lambda shape: False),
+}
+"""The same, weights packed for size."""
+
+EVERY_KERNEL = (*((bits, "fast") for bits in KERNELS), *((bits, "dense") for bits in DENSE))
+"""What `kernel_for` takes: bits of an activation and packing."""
+
+
+def kernel_for(activation_bits: int, packing: str = "fast") -> TernaryKernel:
+    """A row of the table.
+
+    Parameters
+    ----------
+    activation_bits : int
+        A key of `KERNELS`.
+    packing : str
+        A key of `formats.PACKINGS`.
+
+    Raises
+    ------
+    OptionError
+        If there is no such packing, or not for these activations.
+    """
+    require_packing(packing, activation_bits)
+    return (DENSE if packing == "dense" else KERNELS)[activation_bits]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import Scheme, padded_k
+from tvm_ternary.formats import BITS_BLOCK, CODES_BLOCK, DENSE_BLOCK, Scheme, padded_k, require_packing
 
 GROUPS: dict[str, str] = {
     "all": r"",
@@ -82,6 +82,7 @@ def make_plan(
     matrices: Mapping[str, tuple[int, int]],
     scheme: str | Scheme,
     layers: str | Sequence[str] | Mapping[str, str] = "all",
+    packing: str = "fast",
 ) -> list[LayerPlan]:
     """Decide for each matrix.
 
@@ -90,25 +91,29 @@ def make_plan(
     matrices : mapping of name to (N, K)
     scheme, layers
         As in `parse_layers`.
+    packing : str
+        A key of `formats.PACKINGS`.
 
     Raises
     ------
     OptionError
-        If an entry of ``layers`` matches no matrix; the message lists the names.
+        If an entry of ``layers`` matches no matrix, the message lists the names; or if the packing does not exist for
+        one of the schemes.
     """
     rules = parse_layers(layers, scheme)
     for rule in rules:
+        require_packing(packing, rule.scheme.activation_bits)
         if rule.text != "all" and not any(rule.pattern.search(name) for name in matrices):
             known = ", ".join(matrices) or "none"
             raise OptionError(f"layers {rule.text!r}", "matches no matrix of the model", f"matrices are: {known}")
-    return [_decide(name, shape, rules) for name, shape in matrices.items()]
+    return [_decide(name, shape, rules, packing) for name, shape in matrices.items()]
 
 
-def _decide(name: str, shape: tuple[int, int], rules: Sequence[LayerRule]) -> LayerPlan:
+def _decide(name: str, shape: tuple[int, int], rules: Sequence[LayerRule], packing: str) -> LayerPlan:
     rule = next((rule for rule in rules if rule.pattern.search(name)), None)
     if rule is None:
         return LayerPlan(name, shape, None, "not chosen by layers")
-    ternary, dense = packed_bits(shape, rule.scheme), 32 * shape[0] * shape[1]
+    ternary, dense = packed_bits(shape, rule.scheme, packing), 32 * shape[0] * shape[1]
     if ternary >= dense:
         return LayerPlan(
             name, shape, None, f"{rule.scheme} would take {ternary // 8} bytes, float32 takes {dense // 8}"
@@ -116,15 +121,17 @@ def _decide(name: str, shape: tuple[int, int], rules: Sequence[LayerRule]) -> La
     return LayerPlan(name, shape, rule.scheme, None)
 
 
-def packed_bits(shape: tuple[int, int], scheme: Scheme) -> int:
+def packed_bits(shape: tuple[int, int], scheme: Scheme, packing: str = "fast") -> int:
     """Bits of the packed planes and their scales as a kernel reads them, padding counted."""
     n, k = shape
-    block = 32 if scheme.activation_bits == 1 else 16
+    # Both planes of a block of bits take a word each; other blocks are a word.
+    block = DENSE_BLOCK if packing == "dense" else BITS_BLOCK if scheme.activation_bits == 1 else CODES_BLOCK
+    words = 2 if block == BITS_BLOCK else 1
     groups, padded = padded_k(k, scheme.granularity, block)
     rows = -(-n // 16) * 16
     shared = scheme.activation_bits == 8 and scheme.planes > 1
     scales = 32 + 8 * scheme.planes if shared else 32 * scheme.planes
-    return rows * groups * (2 * padded * scheme.planes + scales)
+    return rows * groups * (32 * words * (padded // block) * scheme.planes + scales)
 
 
 def _entry(text: str, default: Scheme) -> tuple[str, Scheme]:

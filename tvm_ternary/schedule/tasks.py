@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
 
 import tvm
 
-from tvm_ternary.kernels.matmul import define_matmul
+from tvm_ternary.kernels.matmul import MatmulKernel, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant, ceil_div
-from tvm_ternary.kernels.table import KERNELS
-from tvm_ternary.schedule.records import ANNOTATION, TuningLog, find_tuned
+from tvm_ternary.kernels.table import kernel_for
+from tvm_ternary.schedule.intrinsics.amx import AmxTile
+from tvm_ternary.schedule.records import ANNOTATION, TuningLog, find_tuned, workload_hash
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import DECISIONS, load_tiles
 
@@ -46,52 +47,68 @@ class MatmulTask:
     rows : int
         M.
     tier : str
+    packing : str
+        A key of `formats.PACKINGS`.
     """
 
     activation_bits: int
     shape: MatmulShape
     rows: int
     tier: str
+    packing: str = "fast"
 
     @property
     def name(self) -> str:
         """For people; unique among tasks of a tier."""
         shape = self.shape
         group = f"g{shape.group_size}" if shape.groups > 1 else ""
-        return f"t{shape.planes}a{self.activation_bits}{group} {shape.n}x{shape.k} m{self.rows}"
+        packing = "" if self.packing == "fast" else f"/{self.packing}"
+        return f"t{shape.planes}a{self.activation_bits}{group}{packing} {shape.n}x{shape.k} m{self.rows}"
+
+    @property
+    def kernel(self) -> MatmulKernel:
+        """What it runs."""
+        return kernel_for(self.activation_bits, self.packing).matmul
 
     def workload(self) -> tvm.IRModule:
         """The unscheduled module, one function ``main``; structurally equal each time."""
-        kernel = KERNELS[self.activation_bits].matmul
-        function = define_matmul(kernel, self.shape, (Variant(Tile(1, 1), None, threads="one"),), rows=self.rows)
-        return tvm.IRModule({"main": function.with_attr({"global_symbol": "main", IDENTITY: json.dumps(asdict(self))})})
+        function = define_matmul(self.kernel, self.shape, (Variant(Tile(1, 1), None, threads="one"),), rows=self.rows)
+        return tvm.IRModule({"main": function.with_attr({"global_symbol": "main", IDENTITY: self._identity()})})
+
+    def _identity(self) -> str:
+        """The fields that are not at their defaults: a new field leaves the records of old tasks valid."""
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return json.dumps({name: value for name, value in asdict(self).items() if name in changed})
 
     @cached_property
     def space(self) -> Mapping[str, tuple[int, ...]]:
         """The candidates of each decision: those of the file that make sense for M, and the default."""
-        table = load_tiles(KERNELS[self.activation_bits].matmul.name, self.tier).space
+        table = load_tiles(self.kernel.name, self.tier).space
         candidates = dict(table)
         candidates["rows"] = tuple(rows for rows in table["rows"] if rows <= self.rows)
-        if KERNELS[self.activation_bits].matmul.panel is None or self.rows == 1:
+        if self.rows < 32 or not AmxTile.fits(self.shape.segment_blocks(16)):
+            candidates["panel"] = tuple(panel for panel in table["panel"] if panel < 2)
+        if self.kernel.panel is None or self.rows == 1:
             candidates["panel"] = (0,)
         return {name: tuple(sorted({*values, self.default[name]})) for name, values in candidates.items()}
 
     @cached_property
     def default(self) -> Mapping[str, int]:
         """The hand-chosen decisions."""
-        tiles = load_tiles(KERNELS[self.activation_bits].matmul.name, self.tier)
+        tiles = load_tiles(self.kernel.name, self.tier)
         (variant,) = spread(tiles.of(self.shape.planes), self.shape, self.rows)
         return {
             "rows": variant.tile.rows,
             "blocks": variant.tile.blocks,
-            "panel": int(variant.panel),
+            "panel": int(variant.panel) + int(variant.tiles),
             "threads": _THREADS.index(variant.threads),
         }
 
     def variant(self, decisions: Mapping[str, int]) -> Variant:
         """What decisions mean, for any M."""
         tile = Tile(decisions["rows"], decisions["blocks"])
-        return Variant(tile, None, bool(decisions["panel"]), _THREADS[decisions["threads"]])
+        panel = decisions["panel"]
+        return Variant(tile, None, panel > 0, panel > 1, _THREADS[decisions["threads"]])
 
 
 def realize(module: tvm.IRModule) -> tvm.IRModule:
@@ -112,8 +129,7 @@ def realize(module: tvm.IRModule) -> tvm.IRModule:
     task = MatmulTask(**(identity | {"shape": MatmulShape(**identity["shape"])}))
     annotations = main.body.block.annotations
     decisions = {name: int(annotations[ANNOTATION + name]) for name in DECISIONS}
-    kernel = KERNELS[task.activation_bits].matmul
-    function = matmul_function(kernel, task.shape, (task.variant(decisions),), task.tier, rows=task.rows)
+    function = matmul_function(task.kernel, task.shape, (task.variant(decisions),), task.tier, rows=task.rows)
     return tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
 
 
@@ -133,7 +149,12 @@ class Choice:
 
 
 def choose_variants(
-    activation_bits: int, shape: MatmulShape, tier: str, logs: Sequence[TuningLog] = (), rows: int | None = None
+    activation_bits: int,
+    shape: MatmulShape,
+    tier: str,
+    logs: Sequence[TuningLog] = (),
+    rows: int | None = None,
+    packing: str = "fast",
 ) -> Choice:
     """Choose how a ternary matmul runs: as tuning logs say, else by the tile table.
 
@@ -147,19 +168,21 @@ def choose_variants(
         In order of precedence.
     rows : int, optional
         M where it is known.
+    packing : str
+        A key of `formats.PACKINGS`.
 
     Returns
     -------
     Choice
         With records, a variant up to each M that has one serves the M's above the one before.
     """
-    table = load_tiles(KERNELS[activation_bits].matmul.name, tier)
+    table = load_tiles(kernel_for(activation_bits, packing).matmul.name, tier)
     wanted = ROWS if rows is None else (rows, *(m for m in ROWS if m >= rows))
     tuned: list[tuple[int, Variant]] = []
     sources: list[str] = []
     for m in wanted if logs else ():
-        task = MatmulTask(activation_bits, shape, m, tier)
-        found = find_tuned(task.workload(), task.space, logs)
+        task = MatmulTask(activation_bits, shape, m, tier, packing)
+        found = find_tuned(_key(task), task.space, logs)
         if found is not None:
             tuned.append((m, task.variant(found.decisions)))
             sources.append(found.source)
@@ -169,6 +192,12 @@ def choose_variants(
     variants[-1] = replace(variants[-1], max_rows=None)
     kept = [v for v, after in zip(variants, [*variants[1:], None], strict=True) if not _same(v, after)]
     return Choice(tuple(kept), _join(sources))
+
+
+@cache
+def _key(task: MatmulTask) -> str:
+    """A model has many matrices of one shape."""
+    return workload_hash(task.workload())
 
 
 def _join(sources: list[str]) -> str:
@@ -188,8 +217,12 @@ def spread(variants: tuple[Variant, ...], shape: MatmulShape, rows: int | None) 
     """Decide what of each variant is spread over threads.
 
     Small products stay on one thread: a variant that serves both small and large M is divided where it pays. Few tiles
-    of out_features are too few for many threads, so that chunks of rows are spread instead where there are many.
+    of out_features are too few for many threads, so that chunks of rows are spread instead where there are many. Where
+    segments do not fall into AMX tiles, the variant before those with tiles serves their M's too.
     """
+    if not AmxTile.fits(shape.segment_blocks(16)):
+        variants = tuple(variant for variant in variants if not variant.tiles)
+        variants = (*variants[:-1], replace(variants[-1], max_rows=None))
     if rows is not None:
         variant = next(v for v in variants if v.serves(rows))
         return (replace(variant, max_rows=None, threads=_threads(variant, shape, rows)),)

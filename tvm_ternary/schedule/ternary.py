@@ -23,8 +23,9 @@ from tvm_ternary.schedule.intrinsics import decode_intrinsic, matmul_intrinsic
 from tvm_ternary.schedule.intrinsics.amx import AmxIntrinsics, AmxTile, amx_intrinsics, with_tiles
 from tvm_ternary.target import TIERS
 
-_ACCUMULATORS = {512: 24, 256: 6, 128: 3}
-"""Bits of a register to the vectors of sixteen that a tile may keep: of 32 registers, and of 16 two or four each."""
+_ACCUMULATORS = {512: 15, 256: 6, 128: 3}
+"""Bits of a register to the vectors of sixteen that all planes of a tile may keep together: of 16 registers two or four
+each; of 32 as many as TVM puts on the stack and not into a workspace, out of which LLVM does not always take them."""
 
 SCHEDULED = "tirx.is_scheduled"
 """Attribute that tells TVM's later passes (dlight, databases) to leave a function alone."""

@@ -22,7 +22,7 @@ from tvm_ternary.formats import Scheme, TernaryTensor
 from tvm_ternary.graph.passes.fuse_epilogues import Product, fuse_epilogues
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS, TernaryKernel
+from tvm_ternary.kernels.table import TernaryKernel, kernel_for
 from tvm_ternary.quantize.plan import packed_bits
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.schedule.tasks import choose_variants
@@ -31,21 +31,22 @@ from tvm_ternary.schedule.ternary import matmul_function
 
 @dataclass(frozen=True)
 class TernaryLayer:
-    """A quantized matrix and the bits of the activations that it is to be multiplied by."""
+    """A quantized matrix, the bits of the activations that it is to be multiplied by, and how its trits are packed."""
 
     weight: TernaryTensor
     activation_bits: int
+    packing: str = "fast"
 
     @property
     def kernel(self) -> TernaryKernel:
         """Its row of the kernel table."""
-        return KERNELS[self.activation_bits]
+        return kernel_for(self.activation_bits, self.packing)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed planes and scales."""
         n, k = self.weight.shape
-        return packed_bits((n, k), self.scheme) // 8
+        return packed_bits((n, k), self.scheme, self.packing) // 8
 
     @property
     def scheme(self) -> Scheme:
@@ -63,7 +64,7 @@ class TernaryModule:
         ``main`` takes the model's inputs, then the parameters in order.
     params : dict of str to ndarray
         Values of the parameters: float matrices that stayed, and what each ternary matrix became
-        (``NAME.codes`` or ``NAME.bits``, ``NAME.scale``, with several planes perhaps ``NAME.factor``).
+        (``NAME.codes``, ``NAME.dense`` or ``NAME.bits``, ``NAME.scale``, with several planes perhaps ``NAME.factor``).
     sources : dict of str to str
         For each ternary function, where its schedule comes from (see `schedule.tasks.Choice`).
     matrices : dict of str to str
@@ -193,7 +194,7 @@ class _Rewriter(relax.PyExprMutator):
 
     def _matmul(self, layer: TernaryLayer, shape: MatmulShape, m: Any, epilogue: Epilogue) -> relax.GlobalVar:
         rows, kernel = int(m) if isinstance(m, int) else None, layer.kernel.matmul
-        choice = choose_variants(layer.activation_bits, shape, self.tier, self.logs, rows)
+        choice = choose_variants(layer.activation_bits, shape, self.tier, self.logs, rows, layer.packing)
         function = matmul_function(kernel, shape, choice.variants, self.tier, rows=rows, epilogue=epilogue)
         parts = ("ternary", kernel.name, epilogue.activation, "residual" if epilogue.residual else None)
         added = self._add(function, "_".join(part for part in parts if part), kernel.name)

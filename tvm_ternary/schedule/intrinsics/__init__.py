@@ -13,6 +13,7 @@ matmul_a8   neon-dot                the same with sdot on four 128-bit quarters
 matmul_a8   avx512                  4 x (shift, and, vpmaddubsw, add) then vpmaddwd, add
 matmul_a8   avx2, sse4              the same on two 256-bit halves, on four 128-bit quarters
 matmul_a8   portable                8 x (shift, and, 16-bit multiply, add), widened once a block
+a8_dense    any                     5 x (4 or 5 operations, a byte dot product), see `dense` (20 k x 16 n)
 a8_panel    any                     4 x a byte dot product, see `panel`
 matmul_a32  any                     16 x (shift, and, multiply-add), see `portable`
 matmul_a1   any                     and, xor, and, two population counts of bytes, summed by one or two byte dot
@@ -36,6 +37,12 @@ from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.schedule.intrinsics import arm, portable, x86
 from tvm_ternary.schedule.intrinsics.common import ByteDot, Emit, int8_block, reading_ahead, ternary_block
+from tvm_ternary.schedule.intrinsics.dense import (
+    dense_block,
+    dense_block_in_place,
+    dense_block_of_one_row,
+    dense_pairs,
+)
 from tvm_ternary.schedule.intrinsics.panel import decode_intrinsic, panel_block
 
 __all__ = ["BYTE_DOTS", "IMPLEMENTATIONS", "ByteDot", "decode_intrinsic", "matmul_intrinsic"]
@@ -66,6 +73,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Emit]] = {
         "amx": int8_block(BYTE_DOTS["amx"]),
         "neon-dot": int8_block(BYTE_DOTS["neon-dot"]),
     },
+    "matmul_a8_dense": {
+        "portable": dense_block(BYTE_DOTS["portable"]),
+        "sse4": dense_pairs(4),
+        "avx2": dense_pairs(8),
+        "avx2-vnni": dense_block_in_place(BYTE_DOTS["avx2-vnni"]),
+        "avx512": dense_pairs(16),
+        "avx512-vnni": dense_block_in_place(BYTE_DOTS["avx512-vnni"]),
+        "amx": dense_block_in_place(BYTE_DOTS["amx"]),
+        "neon-dot": dense_block(BYTE_DOTS["neon-dot"]),
+    },
     "matmul_a8_panel": {tier: panel_block(dot) for tier, dot in BYTE_DOTS.items()},
     "matmul_a32": {
         "portable": portable.float32_narrow,
@@ -81,7 +98,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Emit]] = {
 }
 """Kernel to tier to implementation; every tier has a row."""
 
-_WEIGHT_BLOCKS = {"bits": (2, LANES), "codes": (LANES,), "panel": (4, LANES, 4)}
+ONE_ROW: dict[str, dict[str, Emit]] = {
+    "matmul_a8_dense": {tier: dense_block_of_one_row(BYTE_DOTS[tier]) for tier in ("avx2-vnni", "avx512-vnni", "amx")}
+}
+"""What takes the place of an implementation in tiles of one row."""
+
+_WEIGHT_BLOCKS = {"bits": (2, LANES), "codes": (LANES,), "dense": (LANES,), "panel": (4, LANES, 4)}
 
 
 @cache
@@ -89,11 +111,13 @@ def matmul_intrinsic(kernel: MatmulKernel, tier: str, *, ahead: bool = False) ->
     """Register the intrinsic of ``kernel`` for ``tier`` and return its name.
 
     With ``ahead`` it also prefetches the weights of a later block. That is for tiles of one row: LLVM takes a prefetch
-    for a change of what it points to, and would load and decode a block again for every further row.
+    for a change of what it points to, and would load and decode a block again for every further row. Where such tiles
+    have an implementation of their own, it is taken.
     """
     name = f"ternary.{kernel.name}.{tier}{'.ahead' if ahead else ''}"
     emit = IMPLEMENTATIONS[kernel.name][tier]
-    emit = reading_ahead(emit) if ahead else emit
+    if ahead:
+        emit = reading_ahead(ONE_ROW.get(kernel.name, {}).get(tier, emit))
     TensorIntrin.register(name, _function(kernel, _describe(kernel)), _function(kernel, emit), override=True)
     return name
 

@@ -15,9 +15,8 @@ from tvm_ternary.formats import LANES
 Emit = Callable[[Any, Any, Any], None]
 """(weight, activations, accumulators) -> emits the update of sixteen accumulators by one block."""
 
-
 _AHEAD = 1024
-"""Bytes: of 256 to 4,096, the best or as good when weights come from memory, and no loss when they come from a cache."""
+"""Bytes: of 256 to 4,096, the best or as good for weights from memory, and no loss for those from a cache."""
 _LINE = 64
 
 

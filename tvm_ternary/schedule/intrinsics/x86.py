@@ -33,15 +33,17 @@ def vnni(lanes: int) -> ByteDot:
 
 def pairs(lanes: int) -> ByteDot:
     """pmaddubsw, whose 16-bit sums of two do not saturate, and pmaddwd."""
-    return ByteDot(lanes, lambda acc, a, b: acc + _widen(_products(a, b, lanes), lanes))
+    return ByteDot(lanes, lambda acc, a, b: acc + widened(byte_pairs(a, b, lanes), lanes))
 
 
-def _products(a: Any, b: Any, lanes: int) -> Any:
+def byte_pairs(a: Any, b: Any, lanes: int) -> Any:
+    """a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] as 16 bits, a unsigned and b signed bytes."""
     return llvm(_PAIRS[lanes][0], f"int16x{2 * lanes}", a, b)
 
 
-def _widen(halves: Any, lanes: int) -> Any:
-    return llvm(_PAIRS[lanes][1], f"int32x{lanes}", halves, T.broadcast(T.int16(1), 2 * lanes))
+def widened(halves: Any, lanes: int, factor: int = 1) -> Any:
+    """(halves[2 i] + halves[2 i + 1]) * factor as 32 bits."""
+    return llvm(_PAIRS[lanes][1], f"int32x{lanes}", halves, T.broadcast(T.int16(factor), 2 * lanes))
 
 
 def int8_pairs(lanes: int) -> Emit:
@@ -55,8 +57,8 @@ def int8_pairs(lanes: int) -> Emit:
             words = vector(weight, start, lanes, "uint32")
             half: Any = None
             for s in range(4):
-                product = _products(code_bytes(words, s, lanes), four_bytes(x, 4 * s, lanes), lanes)
+                product = byte_pairs(code_bytes(words, s, lanes), four_bytes(x, 4 * s, lanes), lanes)
                 half = product if half is None else half + product
-            store(acc, start, lanes, vector(acc, start, lanes, "int32") + _widen(half, lanes))
+            store(acc, start, lanes, vector(acc, start, lanes, "int32") + widened(half, lanes))
 
     return emit
