@@ -16,7 +16,7 @@ from tvm_ternary.formats import Granularity, PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.activations import int8_rows, reference_int8_rows
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.kernels.table import EVERY_KERNEL, kernel_for
 from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import Target, resolve
@@ -70,9 +70,10 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for case in CASES:
         shape = MatmulShape.of(weight_of(case))
         functions[f"rows_{case}"] = int8_rows(shape)
-        for bits, row in KERNELS.items():
+        for bits, packing in EVERY_KERNEL:
+            row = kernel_for(bits, packing)
             variants = load_tiles(row.matmul.name, target.tier).of(shape.planes)
-            functions[f"a{bits}_{case}"] = matmul_function(
+            functions[f"a{bits}_{packing}_{case}"] = matmul_function(
                 row.matmul, shape, variants, target.tier, epilogue=Epilogue(bias=True)
             )
     folder = tmp_path_factory.mktemp(request.param)
@@ -80,15 +81,16 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def multiply(
-    program: Program, bits: int, case: str, x: npt.NDArray[np.generic], x_scale: npt.NDArray[np.float32]
+    program: Program, bits: int, packing: str, case: str, x: npt.NDArray[np.generic], x_scale: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
     """The kernel's result with the case's weight and a bias of 0, 1, 2, ..."""
     weight = weight_of(case)
     n = weight.shape[0]
-    activations = rows_of(bits, x, x_scale, weight.granularity)
+    row = kernel_for(bits, packing)
+    activations = rows_of(bits, x, x_scale, weight.granularity, row.matmul.block)
     y = np.full((len(x), n), np.nan, np.float32)
-    constants = KERNELS[bits].pack(weight).values()
-    result = program(f"a{bits}_{case}", *activations, *constants, np.arange(n, dtype=np.float32), y)[-1]
+    constants = row.pack(weight).values()
+    result = program(f"a{bits}_{packing}_{case}", *activations, *constants, np.arange(n, dtype=np.float32), y)[-1]
     assert not np.isnan(result).any()
     return result
 
@@ -113,15 +115,15 @@ def _rows_outputs(shape: MatmulShape) -> list[tuple[int, type[np.generic]]]:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_kernels_are_within_their_bound(program: Program, bits: int, case: str, rows: int) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_kernels_are_within_their_bound(program: Program, bits: int, packing: str, case: str, rows: int) -> None:
     """|y - exact| <= gamma_n * (sum of the magnitudes of all products).
 
     n is counted in tests/kernels/test_equivalence.py: with PS planes and segments PS + 4, as the sum of a segment is an
     exact integer; for floats the k's of a segment + PS + 1.
     """
     weight, rng = weight_of(case), np.random.default_rng(rows)
-    shape, block = MatmulShape.of(weight), KERNELS[bits].matmul.block
+    shape, block = MatmulShape.of(weight), kernel_for(bits, packing).matmul.block
     terms = shape.planes * shape.segments(block)
     x: npt.NDArray[Any]
     if bits == 32:
@@ -138,7 +140,7 @@ def test_kernels_are_within_their_bound(program: Program, bits: int, case: str, 
     dense, bias = weight.trits() * spread, np.arange(shape.n)
     exact = values @ dense.sum(axis=0).T + bias
     magnitude = np.abs(values) @ np.abs(dense).sum(axis=0).T + bias
-    got = multiply(program, bits, case, x, x_scale if bits == 8 else x_scale[:, 0])
+    got = multiply(program, bits, packing, case, x, x_scale if bits == 8 else x_scale[:, 0])
     assert (np.abs(got - exact) <= gamma(roundings) * magnitude).all()
 
 
@@ -148,8 +150,10 @@ def test_the_tiers_are_those_with_and_without_the_dot_product() -> None:
 
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bits", KERNELS)
-def test_whole_numbers_are_equal_to_the_bit(program: Program, bits: int, case: str, extreme: bool) -> None:
+@pytest.mark.parametrize(("bits", "packing"), EVERY_KERNEL)
+def test_whole_numbers_are_equal_to_the_bit(
+    program: Program, bits: int, packing: str, case: str, extreme: bool
+) -> None:
     """With scales 1 and whole activations no operation rounds, not even where all have one sign and their limit."""
     n, k, planes, kind = CASES[case]
     rng, limit = np.random.default_rng(n), LARGEST.get(bits, 127)
@@ -159,11 +163,12 @@ def test_whole_numbers_are_equal_to_the_bit(program: Program, bits: int, case: s
         trits[:], x[:] = rng.choice([-1, 1], (1, n, 1)), rng.choice([-limit, limit], (7, 1))
     weight = TernaryTensor.from_trits(trits, np.ones((planes, *kind.scale_shape(n, k)), np.float32), kind)
     ones = np.ones((7, kind.groups(k)) if bits == 8 else 7, np.float32)
-    activations = rows_of(bits, x.astype(np.float32) if bits == 32 else x, ones, kind)
-    operands = [*activations, *KERNELS[bits].pack(weight).values(), np.zeros(n, np.float32)]
+    row = kernel_for(bits, packing)
+    activations = rows_of(bits, x.astype(np.float32) if bits == 32 else x, ones, kind, row.matmul.block)
+    operands = [*activations, *row.pack(weight).values(), np.zeros(n, np.float32)]
     exact = x.astype(np.int64) @ trits.sum(axis=0, dtype=np.int64).T
     assert np.abs(exact).max() < 2**24
-    got = program(f"a{bits}_{case}", *operands, np.full((7, n), np.nan, np.float32))[-1]
+    got = program(f"a{bits}_{packing}_{case}", *operands, np.full((7, n), np.nan, np.float32))[-1]
     np.testing.assert_array_equal(got, exact)
 
 
