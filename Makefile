@@ -1,5 +1,5 @@
 # make demo    the whole way on a real model: set up, fetch it, compile it, run it, compare with onnxruntime
-# make test    set up, check, and run all tests
+# make test    set up, check, and run all tests, two files at a time
 # make setup   the environment (.venv, every extra in) and the models that the tests use
 # make check   linters, types and the floors of the package        make format   put the code in its form
 # make clean   what can be made again, except .venv and the models
@@ -23,7 +23,7 @@ demo: $(INSTALLED) models-demo
 	@$(BIN)/python examples/demo.py
 
 test: setup check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvm_ternary.errors import LayoutError, ModelError, OptionError
-from tvm_ternary.formats import PerChannel, PerGroup, PerTensor, Scheme, TernaryTensor, granularity
+from tvm_ternary.formats import PerChannel, PerGroup, PerTensor, Scheme, TernaryTensor, granularity, with_shared_scales
 from tvm_ternary.quantize import METHODS, quantization_error, quantize
 
 shapes = st.tuples(st.integers(0, 12), st.integers(0, 50))
@@ -79,7 +79,9 @@ def test_every_plane_pays_on_normal_weights() -> None:
 @pytest.mark.parametrize("planes", [2, 3, 4])
 def test_the_scales_of_several_planes_are_fitted_together(planes: int) -> None:
     w = normal(10, 200)
-    got = quantize(w, f"t{planes}a8", "absmean")
+    got = quantize(w, f"t{planes}a32", "absmean")
+    shared = with_shared_scales(got)
+    np.testing.assert_array_equal(quantize(w, f"t{planes}a8", "absmean").scale, shared.scale)
     for row in range(10):
         trits = got.trits()[:, row].astype(np.float64)
         best = np.linalg.lstsq(trits.T, w[row].astype(np.float64), rcond=None)[0]
