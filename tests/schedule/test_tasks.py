@@ -17,6 +17,7 @@ from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule import records
 from tvm_ternary.schedule.records import ANNOTATION, About, Record, TuningLog, shipped_log, workload_hash
 from tvm_ternary.schedule.tasks import ROWS, MatmulTask, choose_variants, realize, spread
+from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import resolve, target_names
 
 SMALL = MatmulShape(64, 64, 1, 1, 64)
@@ -106,15 +107,30 @@ def test_records_win_over_tables_and_the_first_log_over_the_second() -> None:
     mine = log("mine", record(eight, rows=2, blocks=3))
     shipped = log("shipped:tuning_logs/avx512-vnni", record(eight, rows=8, blocks=1), record(many, rows=3, blocks=2))
     choice = choose_variants(8, LARGE, "avx512-vnni", (mine, shipped))
-    assert [(v.tile, v.max_rows) for v in choice.variants] == [(Tile(2, 3), 8), (Tile(3, 2), None)]
-    assert choice.source == f"mine#{mine.records[0].tag}, {shipped.name}#{shipped.records[1].tag}"
+    *few, eighth, last = choice.variants
+    assert [(v.tile, v.max_rows) for v in (eighth, last)] == [(Tile(2, 3), 8), (Tile(3, 2), None)]
+    assert few == list(load_tiles("matmul_a8", "avx512-vnni").variants[:-1])
+    records_used = f"mine#{mine.records[0].tag}, {shipped.name}#{shipped.records[1].tag}"
+    assert choice.source == f"rule:avx512-vnni/matmul_a8.toml, {records_used}"
+
+
+def test_a_record_of_one_row_says_nothing_of_many() -> None:
+    table = load_tiles("matmul_a8", "avx512-vnni").variants
+    known = log("mine", record(MatmulTask(8, LARGE, 1, "avx512-vnni"), blocks=3))
+    first, *rest = choose_variants(8, LARGE, "avx512-vnni", (known,)).variants
+    assert (first.tile, first.max_rows) == (Tile(1, 3), 1)
+    assert rest == list(table[1:])
 
 
 def test_equal_neighbours_become_one_variant() -> None:
     tasks = [MatmulTask(8, LARGE, m, "avx512-vnni") for m in (8, 16, 32)]
     known = log("mine", *(record(task, rows=2, blocks=3) for task in tasks))
     choice = choose_variants(8, LARGE, "avx512-vnni", (known,))
-    assert [(v.tile, v.max_rows) for v in choice.variants] == [(Tile(2, 3), None)]
+    limit = load_tiles("matmul_a8", "avx512-vnni").variants[-2].max_rows
+    assert [(v.tile, v.max_rows) for v in choice.variants[-2:]] == [
+        (choice.variants[-2].tile, limit),
+        (Tile(2, 3), None),
+    ]
 
 
 def test_without_a_record_it_is_the_table() -> None:
@@ -122,9 +138,9 @@ def test_without_a_record_it_is_the_table() -> None:
     assert choice.source == "rule:avx512-vnni/matmul_a8.toml"
 
 
-def test_a_known_m_takes_its_own_record_or_that_of_the_next_larger() -> None:
+def test_a_known_m_takes_its_own_record_or_that_of_the_next_larger_or_the_largest() -> None:
     known = log("mine", *(record(MatmulTask(8, LARGE, m, "avx512-vnni"), rows=m // 8) for m in (8, 16)))
-    for rows, expected in ((8, 1), (9, 2), (16, 2), (17, 4)):
+    for rows, expected in ((1, 1), (8, 1), (9, 2), (16, 2), (17, 2)):
         choice = choose_variants(8, LARGE, "avx512-vnni", (known,), rows=rows)
         assert served(choice.variants, rows).tile.rows == expected
 

@@ -8,7 +8,7 @@ such a module. So a record depends on what is computed, and not on how the sched
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 
@@ -174,24 +174,52 @@ def choose_variants(
     Returns
     -------
     Choice
-        With records, a variant up to each M that has one serves the M's above the one before.
+        A record of one M stands for those M's that the table serves by the same variant: for the ones up to it, and
+        where it is the largest, for the ones beyond. All others are the table's.
     """
     table = load_tiles(kernel_for(activation_bits, packing).matmul.name, tier)
-    wanted = ROWS if rows is None else (rows, *(m for m in ROWS if m >= rows))
-    tuned: list[tuple[int, Variant]] = []
+    tasks = [MatmulTask(activation_bits, shape, m, tier, packing) for m in {*ROWS, *([] if rows is None else [rows])}]
+    tuned = _records(tasks, logs)
+    base = spread(table.of(shape.planes), shape, rows)
+    ends = {variant.max_rows for variant in base[:-1]} | set(tuned if rows is None else ())
+    variants: list[Variant] = []
     sources: list[str] = []
-    for m in wanted if logs else ():
-        task = MatmulTask(activation_bits, shape, m, tier, packing)
-        found = find_tuned(_key(task), task.space, logs)
-        if found is not None:
-            tuned.append((m, task.variant(found.decisions)))
-            sources.append(found.source)
-    if not tuned:
-        return Choice(spread(table.of(shape.planes), shape, rows), f"rule:{table.source}")
-    variants = [replace(variant, max_rows=m) for m, variant in tuned]
-    variants[-1] = replace(variants[-1], max_rows=None)
-    kept = [v for v, after in zip(variants, [*variants[1:], None], strict=True) if not _same(v, after)]
-    return Choice(tuple(kept), _join(sources))
+    least = 1 if rows is None else rows
+    for end in (*sorted(end for end in ends if end is not None), None):
+        variant, source = _serving(base, least), f"rule:{table.source}"
+        record = _record_for(least, tuned, table.of(shape.planes))
+        if record is not None:
+            # What is spread over threads depends on M too, and the record knows it of its own M alone.
+            alike = _serving(base, record).threads == variant.threads
+            threads = tuned[record][0].threads if alike else variant.threads
+            variant, source = replace(tuned[record][0], threads=threads), tuned[record][1]
+        part = replace(variant, max_rows=end)
+        if variants and _same(variants[-1], part):
+            variants.pop()
+        variants.append(part)
+        sources.append(source)
+        least = least if end is None else end + 1
+    return Choice(tuple(variants), _join(sources))
+
+
+def _records(tasks: Sequence[MatmulTask], logs: Sequence[TuningLog]) -> dict[int, tuple[Variant, str]]:
+    """For each M that has a record, its variant and which record it is."""
+    found = {task: find_tuned(_key(task), task.space, logs) for task in tasks} if logs else {}
+    return {
+        task.rows: (task.variant(record.decisions), record.source)
+        for task, record in found.items()
+        if record is not None
+    }
+
+
+def _serving(variants: Sequence[Variant], rows: int) -> Variant:
+    return next(variant for variant in variants if variant.serves(rows))
+
+
+def _record_for(rows: int, tuned: Collection[int], table: Sequence[Variant]) -> int | None:
+    """The M of the record that stands for ``rows``."""
+    known = sorted(m for m in tuned if _serving(table, m) is _serving(table, rows))
+    return next((m for m in known if m >= rows), known[-1] if known else None)
 
 
 @cache
@@ -204,9 +232,9 @@ def _join(sources: list[str]) -> str:
     """Name each log once, with the records that are used of it."""
     tags: dict[str, dict[str, None]] = {}
     for source in sources:
-        log, _, tag = source.rpartition("#")
+        log, _, tag = source.partition("#") if source.startswith("rule:") else source.rpartition("#")
         tags.setdefault(log, {})[tag] = None
-    return ", ".join(f"{log}#{','.join(found)}" for log, found in tags.items())
+    return ", ".join(log + ("#" + ",".join(found) if any(found) else "") for log, found in tags.items())
 
 
 def _same(variant: Variant, after: Variant | None) -> bool:
