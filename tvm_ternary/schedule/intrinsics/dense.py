@@ -19,6 +19,7 @@ two dot products in the place of one, but nothing else: 23 operations a block an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -33,15 +34,7 @@ from tvm_ternary.schedule.intrinsics.x86 import byte_pairs, widened
 
 def dense_block(dot: ByteDot) -> Emit:
     """20 k x 16 n of `matmul_a8_dense`: digit by digit off the bytes of the words, each multiplied as it comes."""
-
-    def emit(weight: Any, x: Any, acc: Any) -> None:
-        for start in range(0, LANES, dot.lanes):
-            total = T.broadcast(T.int32(0), dot.lanes)
-            for s, q in enumerate(_remainders(weight, start, dot.lanes, DIGITS)):
-                total = dot.add(total, _digits(q, dot.lanes), four_bytes(x, 4 * s, dot.lanes))
-            _subtract(acc, start, dot.lanes, total, 8)
-
-    return emit
+    return _by_digits(dot, _digits, 8)
 
 
 def dense_block_in_place(dot: ByteDot) -> Emit:
@@ -49,13 +42,18 @@ def dense_block_in_place(dot: ByteDot) -> Emit:
 
     For tiles of several rows, which share the digits.
     """
+    return _by_digits(dot, _high_digits, 2)
+
+
+def _by_digits(dot: ByteDot, digits: Callable[[Any, int], Any], shift: int) -> Emit:
+    """``digits`` (q, lanes) are multiplied; their sum, moved up by ``shift`` bits, is 256 times that of the digits."""
 
     def emit(weight: Any, x: Any, acc: Any) -> None:
         for start in range(0, LANES, dot.lanes):
             total = T.broadcast(T.int32(0), dot.lanes)
             for s, q in enumerate(_remainders(weight, start, dot.lanes, DIGITS)):
-                total = dot.add(total, _high_digits(q, dot.lanes), four_bytes(x, 4 * s, dot.lanes))
-            _subtract(acc, start, dot.lanes, total, 2)
+                total = dot.add(total, digits(q, dot.lanes), four_bytes(x, 4 * s, dot.lanes))
+            _subtract(acc, start, dot.lanes, total, shift)
 
     return emit
 
