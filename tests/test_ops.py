@@ -183,7 +183,7 @@ def test_missing_cpu_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     target = resolve("native")
     assert target.features, "the best target of this host needs no feature"
     lacking = sorted(target.features)[0]
-    monkeypatch.setattr("tvm_ternary.target.host_features", lambda: target.features - {lacking})
+    monkeypatch.setattr("tvm_ternary.target.cpu.host_features", lambda: target.features - {lacking})
     with pytest.raises(HostError, match=f"this CPU lacks {lacking};"):
         linear(quantize(random(N, K), "t1a32"), target=target.tvm)
 

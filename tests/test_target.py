@@ -15,7 +15,8 @@ import tvm_ffi
 from tvm.script import tirx as T
 
 from tvm_ternary.errors import HostError, OptionError
-from tvm_ternary.target import _LLVM_NAMES, TIERS, Target, host_features, native, resolve, target_names
+from tvm_ternary.target import CUDA_ARCHS, TIERS, Target, host_features, native, resolve, target_names
+from tvm_ternary.target.cpu import _LLVM_NAMES
 
 NAMED = [name for name in target_names() if name != "native"]
 X86 = ["x86-64-v2", "x86-64-v3", "avx2-vnni", "x86-64-v4", "avx512-vnni", "amx"]
@@ -82,7 +83,7 @@ def test_the_code_uses_vectors_of_the_stated_width(name: str, function: Any) -> 
     text = tvm.compile(module, tvm.target.Target(target.tvm)).mod.inspect_source("asm")
     arithmetic = re.findall(r"v?(?:mul|add|fmadd\w+)ps\s.*%([xyz])mm", text)
     assert arithmetic
-    assert {128: "x", 256: "y", 512: "z"}[target.vector_bits] == max(arithmetic)
+    assert {128: "x", 256: "y", 512: "z"}[TIERS[target.tier].vector_bits] == max(arithmetic)
 
 
 def test_targets_are_ordered_and_each_tier_has_its_features() -> None:
@@ -108,7 +109,7 @@ def test_targets_are_ordered_and_each_tier_has_its_features() -> None:
 )
 def test_a_named_target_has_a_tier(name: str, tier: str, bits: int) -> None:
     target = resolve(name)
-    assert (target.tier, target.vector_bits) == (tier, bits)
+    assert (target.tier, TIERS[target.tier].vector_bits) == (tier, bits)
 
 
 @pytest.mark.parametrize("name", X86)
@@ -178,12 +179,41 @@ def test_a_dictionary_gets_its_features_and_tier(mcpu: str, mattr: list[str], ti
     tvm.target.Target(target.tvm)
 
 
-@pytest.mark.parametrize("name", ["cuda-sm_80", "nvidia-a100"])
-def test_a_planned_target_is_refused_by_name(name: str) -> None:
-    with pytest.raises(
-        OptionError, match=f"target {name}: not yet in this version; expected one of native, x86-64-v2, "
-    ):
-        resolve(name)
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_a_gpu_is_named_by_its_architecture(arch: str) -> None:
+    target = resolve(f"cuda-{arch}")
+    assert (target.name, target.tier, target.kind, target.archs) == (f"cuda-{arch}", f"cuda-{arch}", "cuda", (arch,))
+    assert (target.architecture, target.features) == ("x86_64", frozenset())
+    made = tvm.target.Target(target.tvm)
+    assert (made.kind.name, made.attrs["arch"], made.host.kind.name) == ("cuda", arch, "llvm")
+    assert resolve({"kind": "cuda", "arch": arch}) == target
+
+
+def test_several_gpus_in_one_file_are_written_for_the_oldest() -> None:
+    target = resolve("cuda-sm_90+sm_80+sm_86+sm_80")
+    assert target.name == "cuda-sm_80+sm_86+sm_90"
+    assert target.archs == ("sm_80", "sm_86", "sm_90")
+    assert (target.tier, target.tvm["arch"]) == ("cuda-sm_80", "sm_80")
+    assert target.tvm["max_shared_memory_per_block"] == CUDA_ARCHS["sm_86"].shared_bytes
+    assert resolve("cuda-sm_90+cuda-sm_80").name == "cuda-sm_80+sm_90"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cuda", "target cuda: names no architecture; expected one of sm_80 \\(A100\\), "),
+        ("nvidia-a100", "names no architecture"),
+        ("sm_90", "names no architecture"),
+        ("cuda-sm_75", "target cuda-sm_75: no such architecture: sm_75; expected one of sm_80"),
+        ("cuda-sm_80+sm_91", "no such architecture: sm_91"),
+        ({"kind": "cuda"}, "no such architecture"),
+        ({"kind": "cuda", "arch": "sm_90", "libs": ["cublas"]}, "target: holds libs; expected kind and arch alone"),
+    ],
+)
+def test_a_gpu_that_does_not_exist(given: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        resolve(given)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", "AVX512", "x86-64-v5", "llvm -mcpu=native"])
@@ -197,8 +227,8 @@ def test_an_unknown_name_lists_all(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "kind is None; expected 'llvm'"),
-        ({"kind": "cuda"}, "kind is 'cuda'"),
+        ({}, "kind is None; expected 'llvm' or 'cuda'"),
+        ({"kind": "rocm"}, "kind is 'rocm'"),
         ({"kind": "llvm", "mtriple": TRIPLE, "mcpu": "sapphirerapids"}, "whose CPU features are not known here"),
         ({"kind": "llvm", "mtriple": TRIPLE, "mcpu": ["x86-64"]}, "expected one of x86-64, x86-64-v2"),
         ({"kind": "llvm", "mtriple": "riscv64-unknown-linux-gnu"}, "mtriple is 'riscv64-unknown-linux-gnu'; expected"),

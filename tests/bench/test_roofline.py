@@ -87,7 +87,7 @@ def test_tiles_are_measured_where_they_are(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_target_that_this_host_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tvm_ternary.target, "host_features", frozenset)
+    monkeypatch.setattr(tvm_ternary.target.cpu, "host_features", frozenset)
     with pytest.raises(HostError, match=f"target {NATIVE.name}: this CPU lacks "):
         Roofline(NATIVE, threads=1)
 

@@ -251,8 +251,8 @@ class TestOptions:
         ("options", "text"),
         [
             ({"target": "z80"}, "target z80: no such target"),
-            ({"target": "cuda-sm_90"}, "target cuda-sm_90: not yet in this version"),
-            ({"target": {"kind": "cuda"}}, "target: kind is 'cuda'; expected 'llvm'"),
+            ({"target": "cuda-sm_91"}, "target cuda-sm_91: no such architecture: sm_91"),
+            ({"target": {"kind": "rocm"}}, "target: kind is 'rocm'; expected 'llvm' or 'cuda'"),
             ({"scheme": "t9a8"}, "scheme 't9a8': unknown"),
             ({"layers": "conv"}, "layers 'conv': matches no matrix of the model; matrices are: layers.0.weight, "),
             ({"layers": "("}, "layers '(': is no regular expression"),

@@ -103,7 +103,7 @@ def test_help_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--scheme", "t9a8"], ["'t9a8'", "t{1-4}a{32|8|1}"]),
         (["--target", "sparc"], ["target sparc", *target_names()]),
-        (["--target", "cuda-sm_80"], ["target cuda-sm_80", "not yet in this version"]),
+        (["--target", "cuda-sm_75"], ["target cuda-sm_75", "no such architecture: sm_75"]),
         (["--layers", "decoder"], ["'decoder'", "matches no matrix", *MATRICES]),
         (["--layers", "("], ["'('", "no regular expression", "all, attention, ffn"]),
         (["--layers", "all=t7"], ["'t7'", "t{1-4}a{32|8|1}"]),

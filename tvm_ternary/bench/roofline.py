@@ -25,7 +25,7 @@ from tvm_ternary.bench.machine import cache_sizes
 from tvm_ternary.bench.memory import aligned
 from tvm_ternary.build.link import find_linker
 from tvm_ternary.errors import HostError
-from tvm_ternary.target import Target, host_features, require_host
+from tvm_ternary.target import TIERS, Target, host_features, require_host
 
 _SOURCE = Path(__file__).with_name("roofline.c")
 _VNNI = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vpopcntdq", "-mprefer-vector-width=512")
@@ -228,7 +228,7 @@ def build(target: Target, tiles: bool) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "roofline.so"
         flags = (*_TIER_FLAGS.get(target.tier, ()), *(_TILE_FLAGS if tiles else ()))
-        width = f"-DVECTOR_BYTES={target.vector_bits // 8}"
+        width = f"-DVECTOR_BYTES={TIERS[target.tier].vector_bits // 8}"
         command = [*compiler, "-x", "c", "-O2", "-fPIC", "-shared", *flags, width, str(_SOURCE), "-o", str(library)]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode != 0:

@@ -35,7 +35,7 @@ def int8_activations(block: int) -> tuple[Operand, ...]:
     )
 
 
-def _scales(shape: MatmulShape) -> tuple[Operand, ...]:
+def shared_scales(shape: MatmulShape) -> tuple[Operand, ...]:
     """One scale for all planes; where there are several, a factor for each."""
     factor = Operand("factor", "int8", lambda shape, m: (shape.planes, shape.groups, shape.blocks * LANES))
     scale = Operand("scale", "float32", lambda shape, m: (shape.groups, shape.blocks * LANES))
@@ -97,7 +97,7 @@ A8 = MatmulKernel(
     block=BLOCK,
     activations=int8_activations(BLOCK),
     weight=WEIGHT,
-    scales=_scales,
+    scales=shared_scales,
     accumulator="int32",
     steps=(4, 4),
     multiply_add=lambda b, row, p, nb, kb, lane, s, j: (

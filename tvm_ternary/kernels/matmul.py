@@ -215,12 +215,12 @@ def define_matmul(
         buffers = {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in operands}
         finish = EPILOGUES[epilogue.activation] if epilogue.activation else lambda value: value
         bodies = [_Body(kernel, shape, v, m, buffers, finish, str(i)) for i, v in enumerate(variants)]
-        _emit_branches(m, [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)])
+        emit_branches(m, [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)])
     return builder.get()
 
 
-def _emit_branches(m: Expr, branches: list[tuple[int | None, Callable[[], None]]]) -> None:
-    """if M <= the first limit: the first branch, else: the rest; the last branch has no condition."""
+def emit_branches(m: Expr, branches: list[tuple[int | None, Callable[[], None]]]) -> None:
+    """Write: if M <= the first limit: the first branch, else: the rest; the last branch has no condition."""
     (limit, emit), *rest = branches
     if not rest:
         emit()
@@ -230,7 +230,7 @@ def _emit_branches(m: Expr, branches: list[tuple[int | None, Callable[[], None]]
         with T.Then():
             emit()
         with T.Else():
-            _emit_branches(m, rest)
+            emit_branches(m, rest)
 
 
 class _Body:

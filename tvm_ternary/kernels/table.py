@@ -13,6 +13,7 @@ from typing import Any
 import numpy.typing as npt
 from tvm import tirx
 
+from tvm_ternary.errors import OptionError
 from tvm_ternary.formats import (
     TernaryTensor,
     pack_bits,
@@ -26,6 +27,7 @@ from tvm_ternary.kernels.activations import int8_rows, padded_rows, ternary_rows
 from tvm_ternary.kernels.bits import A1
 from tvm_ternary.kernels.dense import A8_DENSE
 from tvm_ternary.kernels.float32 import A32
+from tvm_ternary.kernels.half import A16, ABF16
 from tvm_ternary.kernels.int8 import A8
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape
@@ -42,7 +44,7 @@ class TernaryKernel:
         TernaryTensor -> the packed weight and its scales by name: what the matmul reads between its activations and
         the epilogue's operands, in order.
     rows : callable
-        MatmulShape -> the function that makes the matmul's activations of x (M, K) float32.
+        MatmulShape -> the function that makes the matmul's activations of x (M, K) float32, on a CPU.
     reads_rows_directly : callable
         MatmulShape -> whether the matmul can read x as it is, so that ``rows`` is not needed.
     """
@@ -74,6 +76,11 @@ def _pack_a1(weight: TernaryTensor) -> dict[str, npt.NDArray[Any]]:
     return {"bits": pack_bits(weight), "scale": pack_scale(weight)}
 
 
+def _no_cpu_rows(shape: MatmulShape) -> tirx.PrimFunc:
+    require_device(16, "cpu")
+    raise AssertionError
+
+
 KERNELS: dict[int, TernaryKernel] = {
     32: TernaryKernel(A32, _pack_a32, padded_rows, lambda shape: shape.padded_k(A32.block) == shape.k),
     8: TernaryKernel(A8, _pack_a8, int8_rows, lambda shape: False),
@@ -86,11 +93,34 @@ DENSE: dict[int, TernaryKernel] = {
 }
 """The same, weights packed for size."""
 
+HALF: dict[bool, TernaryKernel] = {
+    bfloat: TernaryKernel(matmul, _pack_a8, _no_cpu_rows, lambda shape: False)
+    for bfloat, matmul in ((False, A16), (True, ABF16))
+}
+"""Activations of 16 bits, for GPUs: whether they are bfloat16 to kernel."""
+
 EVERY_KERNEL = (*((bits, "fast") for bits in KERNELS), *((bits, "dense") for bits in DENSE))
-"""What `kernel_for` takes: bits of an activation and packing."""
+"""What `kernel_for` takes for a CPU: bits of an activation and packing."""
+
+DEVICES: dict[str, tuple[int, ...]] = {"cpu": (32, 8, 1), "cuda": (16, 8, 1)}
+"""Bits of an activation that there is a kernel for, by the device."""
 
 
-def kernel_for(activation_bits: int, packing: str = "fast") -> TernaryKernel:
+def require_device(activation_bits: int, device: str) -> None:
+    """Refuse activations that there is no kernel for on ``device``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    OptionError
+        The message lists those that there are.
+    """
+    if activation_bits not in DEVICES[device]:
+        kinds = ", ".join(f"a{bits}" for bits in DEVICES[device])
+        problem = f"have no kernel for {'CUDA' if device == 'cuda' else 'a CPU'}; expected one of {kinds}"
+        raise OptionError(f"a{activation_bits} activations", problem, "choose another scheme")
+
+
+def kernel_for(activation_bits: int, packing: str = "fast", bfloat: bool = False) -> TernaryKernel:
     """A row of the table.
 
     Parameters
@@ -99,6 +129,8 @@ def kernel_for(activation_bits: int, packing: str = "fast") -> TernaryKernel:
         A key of `KERNELS`.
     packing : str
         A key of `formats.PACKINGS`.
+    bfloat : bool
+        Whether 16 bits are bfloat16.
 
     Raises
     ------
@@ -106,4 +138,6 @@ def kernel_for(activation_bits: int, packing: str = "fast") -> TernaryKernel:
         If there is no such packing, or not for these activations.
     """
     require_packing(packing, activation_bits)
+    if activation_bits == 16:
+        return HALF[bfloat]
     return (DENSE if packing == "dense" else KERNELS)[activation_bits]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import BITS_BLOCK, CODES_BLOCK, DENSE_BLOCK, Scheme, padded_k, require_packing
+from tvm_ternary.formats import BITS_BLOCK, CODES_BLOCK, DENSE_BLOCK, SHARED_SCALES, Scheme, padded_k, require_packing
 
 GROUPS: dict[str, str] = {
     "all": r"",
@@ -129,7 +129,7 @@ def packed_bits(shape: tuple[int, int], scheme: Scheme, packing: str = "fast") -
     words = 2 if block == BITS_BLOCK else 1
     groups, padded = padded_k(k, scheme.granularity, block)
     rows = -(-n // 16) * 16
-    shared = scheme.activation_bits == 8 and scheme.planes > 1
+    shared = scheme.activation_bits in SHARED_SCALES and scheme.planes > 1
     scales = 32 + 8 * scheme.planes if shared else 32 * scheme.planes
     return rows * groups * (32 * words * (padded // block) * scheme.planes + scales)
 

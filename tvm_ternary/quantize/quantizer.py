@@ -15,7 +15,7 @@ from tvm_ternary.errors import LayoutError, ModelError, OptionError
 from tvm_ternary.formats.factors import with_shared_scales
 from tvm_ternary.formats.granularity import Granularity, PerTensor, row_blocks
 from tvm_ternary.formats.planes import pack_planes, plane_words
-from tvm_ternary.formats.scheme import Scheme
+from tvm_ternary.formats.scheme import SHARED_SCALES, Scheme
 from tvm_ternary.formats.ternary import TernaryTensor
 from tvm_ternary.quantize.exact import recognise
 from tvm_ternary.quantize.methods import Floats, Result, find_method
@@ -71,7 +71,7 @@ def quantize(
     matrix = np.asarray(array)
     _check_matrix(matrix, name)
     weight = recognise(matrix, (scheme.granularity,)) or _quantize_blocks(matrix, scheme, ternarize)
-    return with_shared_scales(weight) if scheme.activation_bits == 8 else weight
+    return with_shared_scales(weight) if scheme.activation_bits in SHARED_SCALES else weight
 
 
 def quantization_error(w: npt.NDArray[Any], tensor: TernaryTensor) -> float:

@@ -1,4 +1,4 @@
-"""Named targets: which instructions the code may use, and what this host has.
+"""CPUs: which instructions the code may use, and what this host has.
 
 A target is named by the instruction set alone. Its TVM dictionary holds a generic ``mcpu`` and no fact of the
 building host, so that one name gives one code everywhere. Features are spelled as in ``/proc/cpuinfo``; LLVM spells
@@ -7,15 +7,15 @@ some otherwise.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvm_ternary.errors import HostError, OptionError
+from tvm_ternary.target.base import Target
 
 # The levels of the x86-64 psABI above the baseline, section 3.1.1 (https://gitlab.com/x86-psABIs/x86-64-ABI).
 _X86_V2 = frozenset({"cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"})
@@ -127,38 +127,6 @@ _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-li
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where the code shall run.
-
-    Parameters
-    ----------
-    name : str
-        The name that gives this target again, ``llvm:...`` for one made from a dictionary.
-    tvm : dict
-        What `tvm.target.Target` takes.
-    features : frozenset of str
-        CPU features that the host must have, as in ``/proc/cpuinfo``.
-    tier : str
-        Key of `TIERS`: which kernels fit.
-    """
-
-    name: str
-    tvm: dict[str, Any] = field(hash=False)
-    features: frozenset[str]
-    tier: str
-
-    @property
-    def vector_bits(self) -> int:
-        """Width of the widest vector register."""
-        return TIERS[self.tier].vector_bits
-
-    @property
-    def architecture(self) -> str:
-        """``x86_64`` or ``aarch64``."""
-        return str(self.tvm["mtriple"]).partition("-")[0]
-
-
-@dataclass(frozen=True)
 class _Row:
     architecture: str
     mcpu: str
@@ -186,44 +154,16 @@ _ROWS: dict[str, _Row] = {
 }
 
 
-def target_names() -> tuple[str, ...]:
-    """Names that `resolve` takes, ``native`` first."""
-    return ("native", *_ROWS)
+def cpu_names() -> tuple[str, ...]:
+    """The named CPU targets, worst to best within an architecture."""
+    return tuple(_ROWS)
 
 
-def resolve(target: str | Mapping[str, Any] | Target) -> Target:
-    """Give the target of a name, of a TVM target dictionary, or of such a dictionary as JSON text.
-
-    Parameters
-    ----------
-    target : str or mapping or Target
-        One of `target_names`. ``native`` becomes the best named target that this host can run, under that target's
-        own name. A dictionary must have ``kind`` llvm; its ``mcpu`` must be a generic one, because the artifact has
-        to state which CPU features it needs. Keys that are not about the instruction set are passed to TVM as they
-        are.
-
-    Raises
-    ------
-    OptionError
-        If there is no such target, or none in this version.
-    HostError
-        If ``native`` is asked for on a host that runs none of the named targets.
-    """
-    if isinstance(target, Target):
-        return target
-    if isinstance(target, Mapping):
-        return _from_dict(target)
-    if target.lstrip().startswith("{"):
-        return _from_json(target)
-    if target == "native":
+def cpu_target(name: str) -> Target | None:
+    """The CPU target of that name, if there is one; ``native`` is the best one that this host can run."""
+    if name == "native":
         return native(host_features(), platform.machine())
-    if target in _ROWS:
-        return _from_row(target)
-    if target.split("-")[0] in ("cuda", "nvidia"):
-        raise OptionError(
-            f"target {target}", f"not yet in this version; expected one of {_listed()}", "compile for a CPU"
-        )
-    raise OptionError(f"target {target}", f"no such target; expected one of {_listed()} or a TVM target dictionary")
+    return _from_row(name) if name in _ROWS else None
 
 
 def native(features: frozenset[str], architecture: str) -> Target:
@@ -288,23 +228,21 @@ def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def require_host(target: Target, hint: str) -> None:
-    """Refuse a target whose code this host cannot run.
+    """Refuse a target whose code this host cannot run in this process.
 
     Raises
     ------
     HostError
-        If the host has another architecture or lacks a feature; ``hint`` says what to do.
+        If it is no CPU target, or the host has another architecture or lacks a feature; ``hint`` says what to do.
     """
+    if target.kind != "cpu":
+        raise HostError(f"target {target.name}", "is for a GPU; expected a CPU target here", hint)
     if target.architecture != platform.machine():
         reason = f"is for {target.architecture}; this host is {platform.machine()}"
         raise HostError(f"target {target.name}", reason, hint)
     missing = sorted(target.features - host_features())
     if missing:
         raise HostError(f"target {target.name}", f"this CPU lacks {', '.join(missing)}", hint)
-
-
-def _listed() -> str:
-    return ", ".join(target_names())
 
 
 def _from_row(name: str) -> Target:
@@ -315,21 +253,9 @@ def _from_row(name: str) -> Target:
     return Target(name, tvm, row.features, row.tier)
 
 
-def _from_json(text: str) -> Target:
-    try:
-        return _from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise OptionError(
-            "target", f"starts as JSON but is none ({error})", 'example: {"kind": "llvm", "mcpu": "x86-64-v3"}'
-        ) from error
-
-
-def _from_dict(given: Mapping[str, Any]) -> Target:
+def cpu_from_dict(given: Mapping[str, Any]) -> Target:
+    """The target of a TVM target dictionary of kind ``llvm`` (see `tvm_ternary.target.resolve`)."""
     tvm = deepcopy(dict(given))
-    if tvm.get("kind") != "llvm":
-        raise OptionError(
-            "target", f"kind is {tvm.get('kind')!r}; expected 'llvm'", "other kinds are not yet in this version"
-        )
     architecture = _architecture(tvm)
     mcpus = _MCPU[architecture]
     mcpu = tvm.setdefault("mcpu", next(iter(mcpus)))
