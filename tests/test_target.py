@@ -16,9 +16,9 @@ from tvm.script import tirx as T
 
 from tvm_ternary.errors import HostError, OptionError
 from tvm_ternary.target import CUDA_ARCHS, TIERS, Target, host_features, native, resolve, target_names
-from tvm_ternary.target.cpu import _LLVM_NAMES
+from tvm_ternary.target.cpu import _LLVM_NAMES, cpu_names
 
-NAMED = [name for name in target_names() if name != "native"]
+NAMED = list(cpu_names())
 X86 = ["x86-64-v2", "x86-64-v3", "avx2-vnni", "x86-64-v4", "avx512-vnni", "amx"]
 # Each has all that the one before it has. No CPU must have AVX-VNNI.
 CHAINS = (["x86-64-v2", "x86-64-v3", "x86-64-v4", "avx512-vnni", "amx"], ["x86-64-v3", "avx2-vnni"])
