@@ -18,12 +18,13 @@ from tvm_ternary.kernels.shape import MatmulShape, Variant
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.schedule.tasks import choose_variants
 from tvm_ternary.schedule.ternary import matmul_function
-from tvm_ternary.target import Target, host_features, resolve, target_names
+from tvm_ternary.target import Target, host_features, resolve
+from tvm_ternary.target.cpu import cpu_names
 
 TARGETS = (
     # The portable tier has no name of its own.
     '{"kind": "llvm"}',
-    *(name for name in target_names() if name != "native" and resolve(name).architecture == platform.machine()),
+    *(name for name in cpu_names() if resolve(name).architecture == platform.machine()),
 )
 NATIVE = resolve("native")
 UNIT = 2.0**-24
@@ -40,7 +41,9 @@ def gamma(roundings: int) -> float:
 
 
 def unrunnable(target: Target) -> str | None:
-    """Why this host cannot run code for ``target``, None if it can."""
+    """Why this host's CPU cannot run code for ``target``, None if it can."""
+    if target.kind != "cpu":
+        return f"{target.name} is for a GPU"
     if target.architecture != platform.machine():
         return f"{target.name} is for {target.architecture}; this host is {platform.machine()}"
     missing = sorted(target.features - host_features())

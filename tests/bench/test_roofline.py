@@ -66,8 +66,9 @@ def test_memory_needs_the_size_of_the_caches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the tile unit is of x86-64")
-def test_tile_code_compiles() -> None:
-    library = build(resolve("x86-64-v3"), tiles=True)
+@pytest.mark.parametrize("name", TARGETS)
+def test_tile_code_compiles_beside_any_instruction_set(name: str) -> None:
+    library = build(resolve(name), tiles=True)
     assert library.multiply_tiles.restype is library.multiply_bytes.restype
 
 
@@ -81,6 +82,8 @@ def test_tiles_are_measured_where_they_are(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(roofline, "_library", FakeTiles(roofline._library, opened))
         del roofline.tile_peak
         assert (roofline.tile_peak is not None) == opened
+    # Only code for a target with tiles is held against them.
+    monkeypatch.setattr(roofline, "_uses_tiles", False)
     assert roofline.peak(8) == roofline.int8_peak
     monkeypatch.setattr(roofline, "_uses_tiles", True)
     assert roofline.peak(8) == roofline.tile_peak > roofline.int8_peak

@@ -32,7 +32,7 @@ SHAPE = MatmulShape(512, 1024, 2, 1, 1024)
 # A CPU with nothing beyond its architecture's baseline takes the portable intrinsics; no named target does.
 PORTABLE = '{"kind": "llvm"}'
 TARGETS = tuple(dict.fromkeys((PORTABLE, *NAMED)))
-WIDE = tuple(name for name in TARGETS if resolve(name).vector_bits == 512)
+WIDE = tuple(name for name in TARGETS if TIERS[resolve(name).tier].vector_bits == 512)
 LOOP_END = re.compile(r"^\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\b.*?(\.L\w+)")
 LABEL = re.compile(r"^(\.L\w+):")
 # What only the loop over k does: multiply vectors, or count their bits.
