@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import tvm
@@ -10,9 +14,19 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.ir import TensorLoad
 
+from tvm_ternary.errors import OptionError
 
-def build_executable(module: tvm.IRModule, target: Mapping[str, Any]) -> relax.VMExecutable:
+# TVM reads this variable when it makes the module of the kernels. The environment belongs to all threads.
+_FALLBACK = "TVM_COMPILE_FORCE_FALLBACK"
+_ENVIRONMENT = threading.RLock()
+
+
+def build_executable(
+    module: tvm.IRModule, target: Mapping[str, Any], *, cuda_graph: bool = False
+) -> relax.VMExecutable:
     """Compile a module whose functions are scheduled, by TVM's own build pipeline.
+
+    The options of the surrounding `tvm.transform.PassContext` hold.
 
     Parameters
     ----------
@@ -20,14 +34,102 @@ def build_executable(module: tvm.IRModule, target: Mapping[str, Any]) -> relax.V
         Relax ``main`` and the TensorIR functions it calls.
     target : mapping
         What `tvm.target.Target` takes: `tvm_ternary.target.Target.tvm`.
+    cuda_graph : bool
+        Launch what has a static shape as a CUDA graph, recorded in the first run. For a CPU it means nothing.
 
     Returns
     -------
     tvm.relax.VMExecutable
+        For ``cuda`` with the kernels as source (`cuda_source`), whether this host has a GPU or not. It cannot be run:
+        `tvm_ternary.build.nvcc.compile_fatbin` and `tvm_ternary.build.link.link` make a library of it.
+
+    Raises
+    ------
+    OptionError
+        If a kernel needs more shared memory than the target's ``max_shared_memory_per_block``.
     """
+    if target["kind"] == "cuda":
+        return _build_cuda(module, target, cuda_graph)
+    return _build(module, target)
+
+
+def cuda_source(executable: relax.VMExecutable) -> str | None:
+    """The CUDA source of an executable's kernels, the same text in every process; None where there is none."""
+    source = [str(module.inspect_source("cuda")) for module in _modules(executable.mod) if module.kind == "cuda"]
+    if len(source) > 1:
+        raise ValueError(f"the executable has {len(source)} CUDA modules; expected one")
+    return source[0] if source else None
+
+
+def _build(module: tvm.IRModule, target: Mapping[str, Any]) -> relax.VMExecutable:
+    # For a GPU, too: TVM's own choice there would look for libraries to call and schedule what has no schedule yet.
     default = relax.get_pipeline("default")
     tvm_target = tvm.target.Target(dict(target))
     return relax.build(module, tvm_target, relax_pipeline=lambda lowered: order_shape_stores(default(lowered)))
+
+
+def _build_cuda(module: tvm.IRModule, target: Mapping[str, Any], cuda_graph: bool) -> relax.VMExecutable:
+    outer = tvm.transform.PassContext.current()
+    shared = _SharedMemory()
+    context = tvm.transform.PassContext(
+        opt_level=outer.opt_level,
+        required_pass=outer.required_pass,
+        disabled_pass=outer.disabled_pass,
+        instruments=[*(outer.instruments or ()), shared],
+        config={**outer.config, "relax.backend.use_cuda_graph": cuda_graph},
+    )
+    with _kernels_as_source(), context:
+        executable = _build(module, target)
+    most = int(target["max_shared_memory_per_block"])
+    for kernel, size in shared.sizes.items():
+        if size > most:
+            problem = f"needs {size} bytes of shared memory a block; {target['arch']} has {most} at most"
+            raise OptionError(f"kernel {kernel}", problem, "choose smaller tiles or fewer stages")
+    return executable
+
+
+@contextmanager
+def _kernels_as_source() -> Iterator[None]:
+    """Make TVM keep kernels as source, as it does where there is no driver; with one it would compile them for it."""
+    with _ENVIRONMENT:
+        before = os.environ.get(_FALLBACK)
+        os.environ[_FALLBACK] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_FALLBACK]
+            else:
+                os.environ[_FALLBACK] = before
+
+
+@tvm.instrument.pass_instrument
+class _SharedMemory:
+    """Notes the shared memory of each kernel, in bytes a block, once TVM has laid it out.
+
+    What is asked for at launch stands in no machine code, and too much of it would be found only on the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def run_after_pass(self, module: tvm.IRModule, info: Any) -> None:
+        if info.name != "tirx.SplitHostDevice":
+            return
+        for name, function in module.functions.items():
+            if "tirx.kernel_launch_params" in (function.attrs or {}):
+                self.sizes[name.name_hint] = _shared_bytes(function)
+
+
+def _shared_bytes(kernel: tirx.PrimFunc) -> int:
+    buffers: list[Any] = []
+    tvm_ffi.structural_walk(kernel.body, (tirx.AllocBuffer, lambda allocation: buffers.append(allocation.buffer)))
+    shared = [buffer for buffer in buffers if buffer.scope() in ("shared", "shared.dyn")]
+    return sum(prod(map(int, buffer.shape)) * tvm.DataType(buffer.dtype).itemsize for buffer in shared)
+
+
+def _modules(root: Any) -> list[Any]:
+    return [root, *(found for child in root.imports for found in _modules(child))]
 
 
 def order_shape_stores(module: tvm.IRModule) -> tvm.IRModule:

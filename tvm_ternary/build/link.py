@@ -16,6 +16,8 @@ from typing import Any
 import tvm_ffi
 from tvm.relax import VMExecutable
 
+from tvm_ternary.build.executable import cuda_source
+from tvm_ternary.build.library_bin import with_cuda_code
 from tvm_ternary.errors import HostError
 
 # No start files: they differ between distributions and nothing here needs them. The libraries are named because no
@@ -30,18 +32,21 @@ _UNWRITABLE = {
 }
 
 
-def link(executable: VMExecutable, tvm_target: Mapping[str, Any], output: Path) -> None:
+def link(executable: VMExecutable, tvm_target: Mapping[str, Any], output: Path, fatbin: bytes | None = None) -> None:
     """Write the ELF library of an executable.
 
     Parameters
     ----------
     executable : tvm.relax.VMExecutable
-        What `tvm.compile` returns for a Relax module on a CPU.
+        What `tvm_ternary.build.executable.build_executable` returns.
     tvm_target : mapping
-        The TVM target it was compiled for; ``mtriple`` chooses the linker, the whole makes the object that holds the
-        weights.
+        The TVM target it was compiled for; for a GPU its ``host`` counts. ``mtriple`` chooses the linker, the whole
+        makes the object that holds the weights.
     output : Path
         Where to write. Overwritten; use a temporary path.
+    fatbin : bytes, optional
+        The machine code of the executable's CUDA source, which it replaces: needed where there is such source, for
+        the library must hold none.
 
     Raises
     ------
@@ -50,8 +55,11 @@ def link(executable: VMExecutable, tvm_target: Mapping[str, Any], output: Path) 
     OSError
         If ``output`` cannot be written. `tvm_ternary.files.atomic_path` around it makes an OutputError of that.
     """
-    linker = find_linker(str(tvm_target["mtriple"]))
-    with _objects(executable, json.dumps(dict(tvm_target))) as objects:
+    if (cuda_source(executable) is None) != (fatbin is None):
+        raise ValueError("a fatbin must be given for an executable with CUDA source, and for no other")
+    host = dict(tvm_target.get("host", tvm_target))
+    linker = find_linker(str(host["mtriple"]))
+    with _objects(executable, json.dumps(host), fatbin) as objects:
         paths = [f"/proc/self/fd/{handle}" for handle in objects]
         command = [*linker, *_FLAGS, "-o", str(output), *paths, *_LIBRARIES]
         result = subprocess.run(
@@ -94,7 +102,7 @@ def find_linker(triple: str) -> list[str]:
 
 
 @contextmanager
-def _objects(executable: VMExecutable, target: str) -> Iterator[list[int]]:
+def _objects(executable: VMExecutable, target: str, fatbin: bytes | None) -> Iterator[list[int]]:
     """Give the object files, code first, as handles of files in memory.
 
     LLVM ends the whole process when it cannot write an object ("IO failure on output stream"); in memory the disk's
@@ -102,7 +110,7 @@ def _objects(executable: VMExecutable, target: str) -> Iterator[list[int]]:
     """
     handles: list[int] = []
     try:
-        for module in [*_code_modules(executable.mod), _data_module(executable.mod, target)]:
+        for module in [*_code_modules(executable.mod), _data_module(executable.mod, target, fatbin)]:
             handles.append(os.memfd_create("object"))
             module.write_to_file(f"/proc/self/fd/{handles[-1]}", "o")
         yield handles
@@ -116,9 +124,14 @@ def _code_modules(root: Any) -> list[Any]:
     return [module for module in dict.fromkeys(modules) if module.kind == "llvm"]
 
 
-def _data_module(root: Any, target: str) -> Any:
-    """Give an LLVM module with the bytecode and the constants, which the runtime looks for in the library."""
-    return tvm_ffi.get_global_func("runtime.ModulePackImportsToLLVM")(root, False, target, "")
+def _data_module(root: Any, target: str, fatbin: bytes | None) -> Any:
+    """Give an LLVM module with the bytecode, the constants and GPU code, which the runtime looks for in the library."""
+    if fatbin is None:
+        return tvm_ffi.get_global_func("runtime.ModulePackImportsToLLVM")(root, False, target, "")
+    # The same in two steps, and between them the source is replaced.
+    packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(root).numpy()
+    blob = with_cuda_code(packed.data, fatbin)
+    return tvm_ffi.get_global_func("codegen.codegen_blob")(blob, False, target, "")
 
 
 def _link_error(linker: Sequence[str], result: subprocess.CompletedProcess[str]) -> HostError | OSError:
