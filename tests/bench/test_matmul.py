@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tvm_ternary.bench.matmul
+import tvm_ternary.bench.roofline
 from tests.ternary_matmul import NATIVE
 from tvm_ternary.bench.engines import Engine, Floats, Workers, WrongAnswerError, check_answer, exact_rows, ours
 from tvm_ternary.bench.matmul import measure_matmuls, rests
@@ -58,6 +59,7 @@ def test_exact_rows_are_those_of_the_whole_product() -> None:
 
 def test_measures_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_ternary.bench.matmul, "last_level_cache", lambda: 1000)
+    monkeypatch.setattr(tvm_ternary.bench.roofline, "cache_sizes", lambda: {1: 1000})
     shapes, schemes = [(16, 128), (40, 20)], ["t1a8", "t1a8/dense", "t1a1"]
     found = list(measure_matmuls(shapes, [3, 9], schemes, peers=["ort-int8"], cold=True, turns=2))
     keys = [(one.n, one.k, one.m, one.cache, one.scheme) for one in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import tvm_ternary.bench.roofline
 import tvm_ternary.target
 from tests.ternary_matmul import NATIVE, TARGETS, runnable
-from tvm_ternary.bench.roofline import Limits, Roofline, build
+from tvm_ternary.bench.roofline import Limits, Roofline, _Reader, build
 from tvm_ternary.errors import HostError
 from tvm_ternary.target import host_features, resolve
 
@@ -49,12 +50,23 @@ def test_limits_are_by_cache_level_and_survive_json(monkeypatch: pytest.MonkeyPa
     assert list(limits.bandwidths) == ["L1", "L2", "memory"]
     assert limits.bandwidths["L1"] == roofline.bandwidth(1 << 14)  # half for each of two threads
     assert limits.bandwidths["L2"] == roofline.bandwidth(1 << 15)  # half for both
-    assert limits.bandwidths["memory"] == roofline.memory == roofline.bandwidth(1 << 19)
+    assert limits.bandwidths["memory"] == roofline.memory == roofline.bandwidth(1 << 18)
     assert limits.peaks["int8"] == roofline.int8_peak
     assert set(limits.peaks) - {"int8 tiles"} == {"int8", "float32", "trits"}
     again = Limits.from_json(json.loads(json.dumps(limits.as_json())))
     assert again.bandwidths == pytest.approx(limits.bandwidths)
     assert again.peaks == pytest.approx(limits.peaks)
+
+
+def test_a_long_buffer_is_read_in_pieces_round_and_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_ternary.bench.roofline, "_PIECE", 1024)
+    seen: list[tuple[int, int, int]] = []
+    library = SimpleNamespace(read_buffer=lambda start, length, times: seen.append((start, length, times)))
+    reader = _Reader(library, 2560)
+    assert [reader.read(1), reader.read(3)] == [1024, 1024 + 512 + 1024]
+    first = seen[0][0]
+    assert first % 64 == 0
+    assert seen == [(first + start, length, 1) for start, length in ((0, 1024), (1024, 1024), (2048, 512), (0, 1024))]
 
 
 def test_memory_needs_the_size_of_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

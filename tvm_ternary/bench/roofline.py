@@ -44,8 +44,11 @@ _TILE_FLAGS = ("-mamx-tile", "-mamx-int8")
 _PEAKS = {32: "float32_peak", 8: "int8_peak", 1: "trit_peak"}
 _SECONDS = 0.01
 _TRIALS = 15
-# Last-level caches: a buffer that tells how fast memory is.
-_MEMORY = 8
+# Last-level caches: a buffer that tells how fast memory is, as long as the copies of a cold weight together.
+_MEMORY = 4
+# Bytes read at a time of a longer buffer: a trial goes on where the last one ended and need not be a whole round, which
+# takes half a second where a large server's cache is shared out to small machines.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,8 @@ class Roofline:
         if size not in self._bandwidths:
             # Whole rounds of eight vectors of 64 bytes.
             part = max(size // self._threads // 512, 1) * 512
-            buffers = [aligned((part // 4,), np.float32, fill=1) for _ in range(self._threads)]
-
-            def read(thread: int, times: int) -> int:
-                self._library.read_buffer(buffers[thread].ctypes.data, part, times)
-                return part * times
-
-            self._bandwidths[size] = self._best(read)
+            readers = [_Reader(self._library, part) for _ in range(self._threads)]
+            self._bandwidths[size] = self._best(lambda thread, times: readers[thread].read(times))
         return self._bandwidths[size]
 
     @cached_property
@@ -202,6 +200,28 @@ class Roofline:
         with ThreadPoolExecutor(self._threads) as pool:
             times = pool.submit(_calibrate, work, prepare).result()
             return max(sum(pool.map(rate, range(self._threads))) for _ in range(_TRIALS))
+
+
+class _Reader:
+    """A buffer of ``size`` bytes that one thread reads round and round, a piece at a time."""
+
+    def __init__(self, library: Any, size: int) -> None:
+        self._library, self._buffer = library, aligned((size // 4,), np.float32, fill=1)
+        self._next = 0
+
+    def read(self, pieces: int) -> int:
+        """Bytes read."""
+        size, start = self._buffer.nbytes, self._buffer.ctypes.data
+        if size <= _PIECE:
+            self._library.read_buffer(start, size, pieces)
+            return size * pieces
+        done = 0
+        for _ in range(pieces):
+            length = min(_PIECE, size - self._next)
+            self._library.read_buffer(start + self._next, length, 1)
+            self._next = (self._next + length) % size
+            done += length
+        return done
 
 
 def _calibrate(work: Callable[[int, int], int], prepare: Callable[[], None]) -> int:
