@@ -289,3 +289,42 @@ mma_bits = _mma(
     "int",
     "tt_emu_mma_m16n8k256_b1_and_popc",
 )
+
+store_bytes = Device(
+    "tt_store_bytes",
+    "void* to, int a, int b, int c, int d",
+    "  *(unsigned*)to = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (unsigned)(d & 255) << 24;",
+)
+
+bits_of = Device(
+    "tt_bits_of", "float value", "  int bits;\n  memcpy(&bits, &value, 4);\n  return bits;", result="int32"
+)
+float_of = Device(
+    "tt_float_of", "int bits", "  float value;\n  memcpy(&value, &bits, 4);\n  return value;", result="float32"
+)
+
+exchange_int = Device(
+    "tt_exchange_int",
+    "int value, int distance",
+    "  return __shfl_xor_sync(0xffffffffu, value, distance);",
+    result="int32",
+)
+exchange_float = Device(
+    "tt_exchange_float",
+    "float value, int distance",
+    "  return __shfl_xor_sync(0xffffffffu, value, distance);",
+    result="float32",
+)
+
+# One bit of each thread of a warp.
+ballot = Device(
+    "tt_ballot",
+    "int bit",
+    "  return __ballot_sync(0xffffffffu, bit);",
+    """
+  unsigned word = bit ? 1u << (threadIdx.x % 32) : 0u;
+  for (int distance = 16; distance; distance /= 2) word |= (unsigned)__shfl_xor_sync(0xffffffffu, (int)word, distance);
+  return word;
+""",
+    "uint32",
+)
