@@ -13,10 +13,9 @@ from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.formats import TernaryTensor, require_packing
 from tvm_ternary.kernels.matmul import EPILOGUES, Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import KERNELS, kernel_for
+from tvm_ternary.kernels.table import KERNELS
+from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.records import open_logs
-from tvm_ternary.schedule.tasks import choose_variants
-from tvm_ternary.schedule.ternary import matmul_function
 from tvm_ternary.target import Target, require_host, resolve
 
 
@@ -44,21 +43,18 @@ class Linear:
         packing: str,
         target: Target,
     ) -> None:
-        row, sizes = kernel_for(activation_bits, packing), MatmulShape.of(weight)
-        choice = choose_variants(activation_bits, sizes, target.tier, open_logs(target.name), packing=packing)
-        self.shape, self.kernel, self.schedule = weight.shape, row.matmul.name, choice.source
-        self._row, self._sizes = row, sizes
-        functions = {
-            "matmul": matmul_function(
-                row.matmul, sizes, choice.variants, target.tier, epilogue=Epilogue(bias is not None, epilogue)
-            )
-        }
-        if not row.reads_rows_directly(sizes):
-            functions["rows"] = row.rows(sizes)
+        layer = dispatch.Layer(MatmulShape.of(weight), activation_bits, packing)
+        end = Epilogue(bias is not None, epilogue)
+        matmul, self.schedule = dispatch.matmul_of(layer, target, open_logs(target.name), epilogue=end)
+        self.shape, self.kernel = weight.shape, layer.kernel.matmul.name
+        self._row, self._sizes = layer.kernel, layer.shape
+        functions = {"matmul": matmul}
+        if (rows := dispatch.rows_of(layer, target)) is not None:
+            functions["rows"] = rows
         module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
         library = tvm.compile(module, tvm.target.Target(target.tvm))
         self.functions = {name: library[name] for name in functions}
-        constants = [*row.pack(weight).values(), *([bias] if bias is not None else [])]
+        constants = [*layer.kernel.pack(weight).values(), *([bias] if bias is not None else [])]
         self._constants = [tvm.runtime.tensor(array) for array in constants]
 
     def __call__(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

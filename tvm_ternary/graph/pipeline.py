@@ -68,7 +68,7 @@ def lower(
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
-    ternary = ternarize(module, params, layers, target.tier, logs)
+    ternary = ternarize(module, params, layers, target, logs)
     dump("ternarize", ternary.module)
     module = _bind(ternary) if bind_weights else ternary.module
     dump("bind", module)

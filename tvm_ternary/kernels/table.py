@@ -106,8 +106,8 @@ DEVICES: dict[str, tuple[int, ...]] = {"cpu": (32, 8, 1), "cuda": (16, 8, 1)}
 """Bits of an activation that there is a kernel for, by the device."""
 
 
-def require_device(activation_bits: int, device: str) -> None:
-    """Refuse activations that there is no kernel for on ``device``, ``cpu`` or ``cuda``.
+def require_device(activation_bits: int, device: str, packing: str = "fast") -> None:
+    """Refuse activations, or a packing, that there is no kernel for on ``device``, ``cpu`` or ``cuda``.
 
     Raises
     ------
@@ -118,6 +118,8 @@ def require_device(activation_bits: int, device: str) -> None:
         kinds = ", ".join(f"a{bits}" for bits in DEVICES[device])
         problem = f"have no kernel for {'CUDA' if device == 'cuda' else 'a CPU'}; expected one of {kinds}"
         raise OptionError(f"a{activation_bits} activations", problem, "choose another scheme")
+    if device == "cuda" and packing != "fast":
+        raise OptionError(f"packing {packing!r}", "has no kernel for CUDA; expected 'fast'", "leave packing out")
 
 
 def kernel_for(activation_bits: int, packing: str = "fast", bfloat: bool = False) -> TernaryKernel:

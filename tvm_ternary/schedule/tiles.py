@@ -69,21 +69,31 @@ def load_tiles(kernel: str, tier: str) -> TileTable:
     OptionError
         If the file is missing, not TOML, or lists variants that do not cover every M in ascending order.
     """
-    root = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
-    paths = [root / name / f"{kernel}.toml" for name in (tier, "portable")]
-    path = next((p for p in paths if p.is_file()), None)
-    if path is None:
-        raise OptionError(
-            str(paths[0]), "no such schedule file, nor one for the portable tier", "reinstall tvm-ternary"
-        )
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(str(path), f"not valid TOML: {error}") from error
+    path, table = read_schedule(kernel, tier, "portable")
     space, stacked = table.pop("space", {}), table.pop("stacked", None)
     variants = _variants(path, table)
     several = _variants(path, {"variant": stacked}) if stacked is not None else variants
     return TileTable(variants, several, f"{path.parent.name}/{path.name}", _space(path, space))
+
+
+def read_schedule(kernel: str, tier: str, otherwise: str) -> tuple[Path, dict[str, Any]]:
+    """Read the file of ``kernel`` for ``tier``, or for the tier ``otherwise``: its path and what it holds.
+
+    Raises
+    ------
+    OptionError
+        If there is neither, or it is no TOML.
+    """
+    root = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    paths = [root / name / f"{kernel}.toml" for name in (tier, otherwise)]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        problem = f"no such schedule file, nor one for the {otherwise} tier"
+        raise OptionError(str(paths[0]), problem, "reinstall tvm-ternary")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(str(path), f"not valid TOML: {error}") from error
 
 
 def _space(path: Path, space: Any) -> dict[str, tuple[int, ...]]:

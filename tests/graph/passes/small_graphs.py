@@ -57,7 +57,7 @@ def quantized(params: Mapping[str, Array], schemes: Mapping[str, str]) -> dict[s
 
 def make_ternary(module: tvm.IRModule, params: Mapping[str, Array], schemes: Mapping[str, str]) -> TernaryModule:
     """The pass on the module, for this host."""
-    return ternarize(module, params, quantized(params, schemes), NATIVE.tier)
+    return ternarize(module, params, quantized(params, schemes), NATIVE)
 
 
 def compiled(ternary: TernaryModule) -> Callable[..., list[Array]]:

@@ -22,11 +22,11 @@ from tvm_ternary.formats import Scheme, TernaryTensor
 from tvm_ternary.graph.passes.fuse_epilogues import Product, fuse_epilogues
 from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import TernaryKernel, kernel_for
+from tvm_ternary.kernels.table import TernaryKernel
 from tvm_ternary.quantize.plan import packed_bits
+from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.records import TuningLog
-from tvm_ternary.schedule.tasks import choose_variants
-from tvm_ternary.schedule.ternary import matmul_function
+from tvm_ternary.target import Target
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,17 @@ class TernaryLayer:
     weight: TernaryTensor
     activation_bits: int
     packing: str = "fast"
+    bfloat: bool = False
+
+    @property
+    def code(self) -> dispatch.Layer:
+        """What of it decides its code."""
+        return dispatch.Layer(MatmulShape.of(self.weight), self.activation_bits, self.packing, self.bfloat)
 
     @property
     def kernel(self) -> TernaryKernel:
         """Its row of the kernel table."""
-        return kernel_for(self.activation_bits, self.packing)
+        return self.code.kernel
 
     @property
     def packed_bytes(self) -> int:
@@ -51,7 +57,7 @@ class TernaryLayer:
     @property
     def scheme(self) -> Scheme:
         """What it became: a matrix that was ternary already has one plane, whatever was asked for."""
-        return Scheme(self.weight.num_planes, self.activation_bits, self.weight.granularity)
+        return Scheme(self.weight.num_planes, self.activation_bits, self.weight.granularity, self.bfloat)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def ternarize(
     module: tvm.IRModule,
     params: Mapping[str, npt.NDArray[Any]],
     layers: Mapping[str, TernaryLayer],
-    tier: str,
+    target: Target,
     logs: Sequence[TuningLog] = (),
 ) -> TernaryModule:
     """Apply the replacement to ``main``.
@@ -100,12 +106,11 @@ def ternarize(
         Values of the parameters behind the inputs, in order.
     layers : mapping of name to TernaryLayer
         The matrices to replace; a subset of ``params``.
-    tier : str
-        ISA tier of the target.
+    target : Target
     logs : sequence of TuningLog
         Where to look for tuned schedules, in order of precedence.
     """
-    rewriter = _Rewriter(module, params, layers, tier, logs)
+    rewriter = _Rewriter(module, params, layers, target, logs)
     return rewriter.run()
 
 
@@ -116,12 +121,12 @@ class _Rewriter(relax.PyExprMutator):
         module: tvm.IRModule,
         params: Mapping[str, npt.NDArray[Any]],
         layers: Mapping[str, TernaryLayer],
-        tier: str,
+        target: Target,
         logs: Sequence[TuningLog],
     ) -> None:
         super().__init__(module)
         self.logs = logs
-        self.module, self.params, self.layers, self.tier = module, params, layers, tier
+        self.module, self.params, self.layers, self.target = module, params, layers, target
         self.main = module["main"]
         self.packed: dict[str, tuple[relax.Var, ...]] = {}
         self.values: dict[str, npt.NDArray[Any]] = {}
@@ -165,13 +170,13 @@ class _Rewriter(relax.PyExprMutator):
         shape = MatmulShape.of(layer.weight)
         x = self.visit_expr(product.x)
         m = _product(list(x.ty.shape.values)[:-1])
-        activations = self._activations(self._reshaped(x, (m, shape.k)), layer.kernel, shape, m)
+        activations = self._activations(self._reshaped(x, (m, shape.k)), layer.code, m)
         operands = [*activations, *self._constants(product.matrix, layer)]
         if product.bias is not None:
             operands.append(product.bias)
         if product.residual is not None:
             operands.append(self._reshaped(self.visit_expr(product.residual), (m, shape.n)))
-        function = self._matmul(layer, shape, m, product.epilogue)
+        function = self._matmul(layer, m, product.epilogue)
         self.matrices.setdefault(product.matrix, {})[self.sources[function.name_hint]] = None
         rows = self.builder_.emit(relax.call_tir(function, operands, relax.TensorType((m, shape.n), "float32")))
         return self._reshaped(rows, product.result.ty.shape.values)
@@ -181,24 +186,25 @@ class _Rewriter(relax.PyExprMutator):
         same = structural_equal(value.ty.shape, shape)
         return value if same else self.builder_.emit(relax.op.reshape(value, shape))
 
-    def _activations(self, x: relax.Expr, kernel: TernaryKernel, shape: MatmulShape, m: Any) -> list[relax.Expr]:
-        if kernel.reads_rows_directly(shape):
+    def _activations(self, x: relax.Expr, code: dispatch.Layer, m: Any) -> list[relax.Expr]:
+        rows = dispatch.rows_of(code, self.target)
+        if rows is None:
             return [x]
-        name = f"rows_{kernel.matmul.name.removeprefix('matmul_')}"
-        function = self._add(kernel.rows(shape), name, name)
-        outputs = [relax.TensorType(o.shape(shape, m), o.dtype) for o in kernel.matmul.activations]
+        matmul = code.kernel.matmul
+        name = f"rows_{matmul.name.removeprefix('matmul_')}"
+        function = self._add(rows, name, name)
+        outputs = [relax.TensorType(o.shape(code.shape, m), o.dtype) for o in matmul.activations]
         if len(outputs) == 1:
             return [self.builder_.emit(relax.call_tir(function, [x], outputs[0]))]
         rows = self.builder_.emit(relax.call_tir(function, [x], outputs))
         return [self.builder_.emit(relax.TupleGetItem(rows, i)) for i in range(len(outputs))]
 
-    def _matmul(self, layer: TernaryLayer, shape: MatmulShape, m: Any, epilogue: Epilogue) -> relax.GlobalVar:
+    def _matmul(self, layer: TernaryLayer, m: Any, epilogue: Epilogue) -> relax.GlobalVar:
         rows, kernel = int(m) if isinstance(m, int) else None, layer.kernel.matmul
-        choice = choose_variants(layer.activation_bits, shape, self.tier, self.logs, rows, layer.packing)
-        function = matmul_function(kernel, shape, choice.variants, self.tier, rows=rows, epilogue=epilogue)
+        function, source = dispatch.matmul_of(layer.code, self.target, self.logs, rows=rows, epilogue=epilogue)
         parts = ("ternary", kernel.name, epilogue.activation, "residual" if epilogue.residual else None)
         added = self._add(function, "_".join(part for part in parts if part), kernel.name)
-        self.sources[added.name_hint] = choice.source
+        self.sources[added.name_hint] = source
         return added
 
     def _add(self, function: tvm.tirx.PrimFunc, name: str, kernel: str) -> relax.GlobalVar:
