@@ -91,6 +91,25 @@ load_shared = Device(
 """,
 )
 
+load_shared_floats = Device(
+    "tt_load_shared_floats",
+    "float* to, const void* shared, int offset",
+    """
+  float4 four = *(const float4*)((const char*)shared + offset);
+  to[0] = four.x;
+  to[1] = four.y;
+  to[2] = four.z;
+  to[3] = four.w;
+""",
+)
+
+get_word = Device(
+    "tt_get_word",
+    "const void* shared, int offset",
+    "  return *(const unsigned*)((const char*)shared + offset);",
+    result="uint32",
+)
+
 put_int = Device("tt_put_int", "void* shared, int index, int value", "  ((int*)shared)[index] = value;")
 put_float = Device("tt_put_float", "void* shared, int index, float value", "  ((float*)shared)[index] = value;")
 get_int = Device("tt_get_int", "const void* shared, int index", "  return ((const int*)shared)[index];", result="int32")

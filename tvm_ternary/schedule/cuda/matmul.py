@@ -26,13 +26,11 @@ from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import EPILOGUES, PLAIN, Epilogue, MatmulKernel, emit_branches
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
 from tvm_ternary.schedule.cuda import device
-from tvm_ternary.schedule.cuda.operands import Place, at, operands_of
+from tvm_ternary.schedule.cuda.cut import Cut
+from tvm_ternary.schedule.cuda.operands import Place, at
 from tvm_ternary.schedule.cuda.variant import CudaVariant
 
 Expr = Any
-
-WHOLE_K = 1 << 16
-"""Up to this K, sums over a whole row are at most 127 * 127 * 2^16 < 2^31."""
 
 SCHEDULED = "tirx.is_scheduled"
 
@@ -120,8 +118,8 @@ class _Where:
 class _Kernel:
     """Emits one kernel; index arithmetic and the registers' layout live here.
 
-    Sums: of the warp's ``r``-th 32 outputs, pair of outputs ``e``, eight rows ``j``, four values: (output 2 e, row 2 t),
-    (2 e, 2 t + 1), (2 e + 1, 2 t), (2 e + 1, 2 t + 1).
+    Sums: of the warp's ``r``-th 32 outputs, pair of outputs ``e``, eight rows ``j``, four values: (output 2 e,
+    row 2 t), (2 e, 2 t + 1), (2 e + 1, 2 t), (2 e + 1, 2 t + 1).
     """
 
     def __init__(
@@ -134,86 +132,51 @@ class _Kernel:
         epilogue: Epilogue,
     ) -> None:
         self.kernel, self.shape, self.variant, self.m, self.b = kernel, shape, variant, m, buffers
-        self.epilogue, self.operands = epilogue, operands_of(kernel, shape)
-        self.repeats, self.row_tiles = variant.columns // 32, variant.rows // 8
-        self.sums = self.repeats * variant.rows
-        block = kernel.block
-        self.blocks = shape.segment_blocks(block)
-        self.segments, self.splits = shape.segments(block), shape.splits(block)
-        self.steps = ceil_div(self.blocks, self.operands.blocks)
-        planes = shape.planes if self.operands.planes_apart else 1
-        self.whole = shape.groups == 1 and planes == 1 and shape.padded_k(block) <= WHOLE_K
-        self.units = self.segments * self.steps if self.whole else planes * self.segments
-        self.unit_steps = 1 if self.whole else self.steps
-        self.iterations = ceil_div(self.units, variant.warps_k) * self.unit_steps
+        self.epilogue, self.cut = epilogue, Cut(kernel, shape, variant)
+        self.operands = self.cut.operands
 
     # --- the launch -----------------------------------------------------------------------------------------------
 
     def emit(self) -> None:
         v = self.variant
         tiles_m, tiles_n = (self.m + (v.rows - 1)) // v.rows, ceil_div(self.shape.n, v.columns * v.warps_n)
-        launch = T.launch_thread
-        with launch("blockIdx.x", tiles_m) as bx, launch("blockIdx.y", tiles_n) as by:
-            with launch("threadIdx.x", v.threads) as thread:
-                self.thread = thread
-                self.lane, warp = thread % 32, thread // 32
-                self.g, self.t = self.lane // 4, self.lane % 4
-                self.warp_n, self.warp_k = warp % v.warps_n, warp // v.warps_n
-                self.first_row, self.last_row = T.Cast("int32", bx) * v.rows, T.Cast("int32", self.m) - 1
-                self.first_block = (T.Cast("int32", by) * v.warps_n + self.warp_n) * (2 * self.repeats)
-                self._body()
+        grid = T.launch_thread("blockIdx.x", tiles_m), T.launch_thread("blockIdx.y", tiles_n)
+        with grid[0] as bx, grid[1] as by, T.launch_thread("threadIdx.x", v.threads) as thread:
+            self.thread = thread
+            self.lane, warp = thread % 32, thread // 32
+            self.g, self.t = self.lane // 4, self.lane % 4
+            self.warp_n, self.warp_k = warp % v.warps_n, warp // v.warps_n
+            self.first_row, self.last_row = T.Cast("int32", bx) * v.rows, T.Cast("int32", self.m) - 1
+            self.first_block = (T.Cast("int32", by) * v.warps_n + self.warp_n) * (2 * self.cut.repeats)
+            self._body()
 
     def _body(self) -> None:
-        o, e = self.operands, self.sums
+        o, e = self.operands, self.cut.sums
         self.acc = T.alloc_buffer((o.sums * e,), o.accumulator, scope="local")
-        self.total = self.acc if self.whole else T.alloc_buffer((e,), "float32", scope="local")
-        self.weights = T.alloc_buffer((4 * self.repeats * o.word_registers,), "uint32", scope="local")
-        self.factors = T.alloc_buffer((max(1, self.repeats * self.shape.planes),), "uint32", scope="local")
-        self.shared = T.alloc_buffer((max(16, self.shared_bytes),), "uint8", scope="shared.dyn")
+        self.total = self.acc if self.cut.whole else T.alloc_buffer((e,), "float32", scope="local")
+        self.weights = T.alloc_buffer((4 * self.cut.repeats * o.word_registers,), "uint32", scope="local")
+        self.factors = T.alloc_buffer((max(1, self.cut.repeats * self.shape.planes),), "uint32", scope="local")
+        self.shared = T.alloc_buffer((max(16, self.cut.shared_bytes),), "uint8", scope="shared.dyn")
         with unrolled(o.sums * e) as i:
             T.buffer_store(self.acc, o.zero(), [i])
-        if not self.whole:
+        if not self.cut.whole:
             with unrolled(e) as i:
                 T.buffer_store(self.total, T.float32(0), [i])
-        if self._has_factors and self.shape.groups == 1:
+        if self.cut.has_factors and self.shape.groups == 1:
             self._load_factors(0)
         self._all_steps()
         self._finish()
-
-    @property
-    def _has_factors(self) -> bool:
-        return "factor" in self.b
-
-    @property
-    def weight_bytes(self) -> int:
-        """Shared memory of the weights of one stage."""
-        return self.repeats * self.operands.words * 4 * self.variant.threads
-
-    @property
-    def stage_bytes(self) -> int:
-        """Shared memory of one stage: weights, then activations."""
-        v, o = self.variant, self.operands
-        if v.shared:
-            return self.weight_bytes + v.warps_k * v.rows * o.row_bytes
-        return self.weight_bytes + self.row_tiles * o.row_registers * 4 * v.threads
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block of threads."""
-        v = self.variant
-        exchanged = v.warps_k * v.warps_n * 32 * self.sums * 4 if v.warps_k > 1 else 0
-        return max(v.stages * self.stage_bytes, exchanged)
 
     # --- places ---------------------------------------------------------------------------------------------------
 
     def _where(self, iteration: Expr, warp_k: Expr) -> _Where:
         """The place of an iteration; the last one's where there is none."""
-        unit, inner = iteration // self.unit_steps * self.variant.warps_k + warp_k, iteration % self.unit_steps
-        there = True if self.units % self.variant.warps_k == 0 else unit < self.units
-        unit = unit if there is True else T.min(unit, self.units - 1)
-        if self.whole:
-            return _Where(0, unit // self.steps, unit % self.steps, there)
-        return _Where(unit // self.segments, unit % self.segments, inner, there)
+        unit, inner = iteration // self.cut.unit_steps * self.variant.warps_k + warp_k, iteration % self.cut.unit_steps
+        there = True if self.cut.units % self.variant.warps_k == 0 else unit < self.cut.units
+        unit = unit if there is True else T.min(unit, self.cut.units - 1)
+        if self.cut.whole:
+            return _Where(0, unit // self.cut.steps, unit % self.cut.steps, there)
+        return _Where(unit // self.cut.segments, unit % self.cut.segments, inner, there)
 
     def _n_block(self, r: Expr) -> Expr:
         """The block of 16 outputs that this thread's weights are of, the last one where there are no more."""
@@ -232,13 +195,14 @@ class _Kernel:
         return T.min(self.first_row + index, self.last_row)
 
     def _acc(self, r: Expr, e: Expr, j: Expr) -> Expr:
-        return ((r * 2 + e) * self.row_tiles + j) * 4
+        return ((r * 2 + e) * self.cut.row_tiles + j) * 4
 
     # --- copies ---------------------------------------------------------------------------------------------------
 
     def _copy(self, iteration: Expr, stage: Expr) -> None:
         """Begin to copy what an iteration needs to a stage of shared memory."""
         self._copy_weights(iteration, stage)
+        self._copy_scales(iteration, stage)
         if self.variant.shared:
             self._copy_shared_rows(iteration, stage)
         else:
@@ -246,13 +210,13 @@ class _Kernel:
 
     def _own(self, stage: Expr, index: Expr, offset: int = 0) -> Expr:
         """Where this thread's ``index``-th 16 bytes lie in a stage, ``offset`` bytes behind its start."""
-        return stage * self.stage_bytes + (offset + index * (16 * self.variant.threads)) + self.thread * 16
+        return stage * self.cut.stage_bytes + (offset + index * (16 * self.variant.threads)) + self.thread * 16
 
     def _copy_weights(self, iteration: Expr, stage: Expr) -> None:
         o, where = self.operands, self._where(iteration, self.warp_k)
         inner = where.step * o.blocks + self.t * (o.blocks // 4)
-        with unrolled(self.repeats) as r:
-            blocks = [self._clamped(inner + i) + where.segment * self.blocks for i in range(2)]
+        with unrolled(self.cut.repeats) as r:
+            blocks = [self._clamped(inner + i) + where.segment * self.cut.blocks for i in range(2)]
             place = Place(self._n_block(r), self.g % 4, blocks[0], blocks[1], where.plane)
             for i, source in enumerate(o.weight_addresses(self.b, place)):
                 to = self._own(stage, r * (o.words // 4) + i)
@@ -260,7 +224,7 @@ class _Kernel:
 
     def _clamped(self, block: Expr) -> Expr:
         """A block of a segment, the last one where there are no more."""
-        return block if self.blocks % self.operands.blocks == 0 else T.min(block, self.blocks - 1)
+        return block if self.cut.blocks % self.operands.blocks == 0 else T.min(block, self.cut.blocks - 1)
 
     def _piece(self, iteration: Expr, warp_k: Expr, piece: Expr) -> tuple[Expr, Expr | bool]:
         """A piece of a step's rows: which piece of the whole row, and whether there is one."""
@@ -268,21 +232,70 @@ class _Kernel:
         of_block = max(1, o.pieces // o.blocks)
         inner = where.step * o.blocks + piece // of_block
         there = where.there
-        if self.blocks % o.blocks:
-            within = inner < self.blocks
+        if self.cut.blocks % o.blocks:
+            within = inner < self.cut.blocks
             there = within if there is True else T.And(there, within)
-        block = self._clamped(inner) + where.segment * self.blocks
+        block = self._clamped(inner) + where.segment * self.cut.blocks
         return block * of_block + piece % of_block, there
+
+    def _copy_scales(self, iteration: Expr, stage: Expr) -> None:
+        """Scales where a segment ends, factors at each step."""
+        where = self._where(iteration, self.warp_k)
+        group, planes = where.segment // self.cut.splits, self.shape.planes
+        if not self.cut.whole:
+            with _when(self._ends(where)), unrolled(self.cut.repeats) as r:
+                to = self._own(stage, r, self.cut.scales_start)
+                source = at(self.b["scale"], *self._plane_of_scale(where.plane), group, self._column(r))
+                T.evaluate(device.copy_rows(16)(self.shared.data, to, source, 16))
+        if self.cut.changing_factors:
+            with unrolled(self.cut.repeats) as r:
+                for p in range(planes):
+                    to = self._own_factor(stage, r * planes + p)
+                    source = at(self.b["factor"], p, group, self._column(r))
+                    T.evaluate(device.copy_rows(4)(self.shared.data, to, source, 4))
+        if self.cut.shared_terms:
+            with _when(self._ends(where)):
+                self._copy_terms(iteration, stage)
+
+    def _copy_terms(self, iteration: Expr, stage: Expr) -> None:
+        """Sum and scale, side by side, of the activations of each row and warp along K."""
+        v = self.variant
+        words = v.warps_k * v.rows * 2
+        with unrolled(ceil_div(words, v.threads)) as i:
+            index = i * v.threads + self.thread
+            with _when(index < words if words % v.threads else True):
+                row, segment = self._row(index // 2 % v.rows), self._where(iteration, index // (2 * v.rows)).segment
+                to = self._terms(stage) + index * 4
+                # Two copies, one of which has no bytes: which one differs from thread to thread.
+                for name, column, mine in (("x_sum", segment, 0), ("x_scale", segment // self.cut.splits, 1)):
+                    with T.If(index % 2 == mine), T.Then():
+                        T.evaluate(device.copy_rows(4)(self.shared.data, to, at(self.b[name], row, column), 4))
+
+    def _own_factor(self, stage: Expr, index: Expr) -> Expr:
+        """Where this thread's ``index``-th factors lie in a stage."""
+        start = self.cut.factors_start
+        return stage * self.cut.stage_bytes + (start + index * (4 * self.variant.threads)) + self.thread * 4
+
+    def _terms(self, stage: Expr) -> Expr:
+        """Where the sums and scales of activations begin in a stage."""
+        return stage * self.cut.stage_bytes + self.cut.terms_start
+
+    def _ends(self, where: _Where) -> Expr | bool:
+        """Whether a step is a segment's last."""
+        return where.step == self.cut.steps - 1 if self.cut.steps > 1 else True
+
+    def _plane_of_scale(self, plane: Expr) -> tuple[Expr, ...]:
+        return (plane,) if len(self.b["scale"].shape) == 3 else ()
 
     def _copy_own_rows(self, iteration: Expr, stage: Expr) -> None:
         """Activations that this thread alone multiplies."""
         o = self.operands
         mine = o.pieces // 4
-        with unrolled(self.row_tiles) as j:
+        with unrolled(self.cut.row_tiles) as j:
             for i in range(mine):
                 of_row, there = self._piece(iteration, self.warp_k, self.t * mine + i)
                 index, rest = divmod(i * o.piece_bytes, 16)
-                to = self._own(stage, j * (o.row_registers // 4) + index, self.weight_bytes) + rest
+                to = self._own(stage, j * (o.row_registers // 4) + index, self.cut.rows_start) + rest
                 self._copy_piece(to, j * 8 + self.g, of_row, there)
 
     def _copy_shared_rows(self, iteration: Expr, stage: Expr) -> None:
@@ -299,7 +312,8 @@ class _Kernel:
     def _shared_row(self, stage: Expr, warp_k: Expr, row: Expr) -> Expr:
         """Where a row of the tile begins in a stage."""
         rows = self.variant.rows
-        return stage * self.stage_bytes + self.weight_bytes + (warp_k * rows + row) * self.operands.row_bytes
+        start = self.cut.rows_start
+        return stage * self.cut.stage_bytes + start + (warp_k * rows + row) * self.operands.row_bytes
 
     def _copy_piece(self, to: Expr, row: Expr, of_row: Expr, there: Expr | bool) -> None:
         o = self.operands
@@ -309,7 +323,7 @@ class _Kernel:
 
     def _load_factors(self, group: Expr) -> None:
         """The planes' factors of this thread's outputs, four in a word."""
-        with unrolled(self.repeats) as r:
+        with unrolled(self.cut.repeats) as r:
             for p in range(self.shape.planes):
                 factor = device.load_word(at(self.b["factor"], p, group, self._column(r)))
                 T.buffer_store(self.factors, factor, [r * self.shape.planes + p])
@@ -318,22 +332,22 @@ class _Kernel:
 
     def _all_steps(self) -> None:
         o, v = self.operands, self.variant
-        packed = T.alloc_buffer((self.repeats * o.words,), "uint32", scope="local")
+        packed = T.alloc_buffer((self.cut.repeats * o.words,), "uint32", scope="local")
         rows = T.alloc_buffer((o.row_registers,), "uint32", scope="local")
         for stage in range(v.stages - 1):
-            if stage < self.iterations:
+            if stage < self.cut.iterations:
                 self._copy(tirx.const(stage, "int32"), stage)
             T.evaluate(device.commit_copies())
-        with T.serial(0, self.iterations) as i:
+        with T.serial(0, self.cut.iterations) as i:
             T.evaluate(device.wait_copies(v.stages - 2)())
             if v.shared:
                 T.evaluate(T.tvm_storage_sync("shared"))
             # The stage that the iteration before this one has read is free.
-            with T.If(i + (v.stages - 1) < self.iterations), T.Then():
+            with T.If(i + (v.stages - 1) < self.cut.iterations), T.Then():
                 self._copy(i + (v.stages - 1), (i + (v.stages - 1)) % v.stages)
             T.evaluate(device.commit_copies())
             stage = i % v.stages
-            for w in range(self.repeats * o.words // 4):
+            for w in range(self.cut.repeats * o.words // 4):
                 T.evaluate(device.load_shared(at(packed, 4 * w), self.shared.data, self._own(stage, w)))
             self._multiply(i, stage, packed, rows)
 
@@ -346,7 +360,8 @@ class _Kernel:
             offsets = [start + offset for offset in o.shared_offsets(row, self.t)]
         else:
             count = o.row_registers // 4
-            offsets = [self._own(stage, j * count + part, self.weight_bytes) for part in range(count)]
+            start = self.cut.rows_start
+            offsets = [self._own(stage, j * count + part, start) for part in range(count)]
         for part, offset in enumerate(offsets):
             T.evaluate(device.load_shared(at(rows, 4 * part), self.shared.data, offset))
         o.prepare_rows(rows)
@@ -354,83 +369,96 @@ class _Kernel:
     def _multiply(self, iteration: Expr, stage: Expr, packed: Expr, rows: Expr) -> None:
         """Multiply a step, and scale the sums where a segment ends."""
         o, where = self.operands, self._where(iteration, self.warp_k)
-        if self._has_factors and self.shape.groups > 1:
-            self._load_factors(where.segment // self.splits)
-        with unrolled(self.repeats) as r, unrolled(4) as index:
+        if self.cut.changing_factors:
+            with unrolled(self.cut.repeats * self.shape.planes) as i:
+                T.buffer_store(self.factors, device.get_word(self.shared.data, self._own_factor(stage, i)), [i])
+        with unrolled(self.cut.repeats) as r, unrolled(4) as index:
             o.decode(self.weights, index + 4 * r, packed, index, r * o.words, self._factors_of(r))
-        with unrolled(self.row_tiles) as j:
+        with unrolled(self.cut.row_tiles) as j:
             self._load_rows(rows, stage, j)
-            with unrolled(self.repeats) as r, unrolled(2) as e:
-                o.multiply(self.acc, self._acc(r, e, j), self.sums, self.weights, 2 * r + e, rows)
-        if self.whole:
+            with unrolled(self.cut.repeats) as r, unrolled(2) as e:
+                o.multiply(self.acc, self._acc(r, e, j), self.cut.sums, self.weights, 2 * r + e, rows)
+        if self.cut.whole:
             return
-        last = where.step == self.steps - 1 if self.steps > 1 else True
-        with _when(last), _when(where.there):
-            self._add_segment(where)
+        with _when(self._ends(where)), _when(where.there):
+            self._add_segment(where, stage)
 
     def _factors_of(self, r: Expr) -> list[Expr]:
-        return [self.factors[r * self.shape.planes + p] for p in range(self.shape.planes)] if self._has_factors else []
+        return (
+            [self.factors[r * self.shape.planes + p] for p in range(self.shape.planes)] if self.cut.has_factors else []
+        )
 
-    def _add_segment(self, where: _Where) -> None:
+    def _add_segment(self, where: _Where, stage: Expr) -> None:
         """Scale what a segment summed to, add it to the results, and start anew."""
         o = self.operands
-        scale = T.alloc_buffer((4 * self.repeats,), "float32", scope="local")
-        self._load_scale(scale, where.plane, where.segment // self.splits)
-        with unrolled(self.row_tiles) as j, unrolled(2) as c:
-            row = self._row(j * 8 + self.t * 2 + c)
-            with unrolled(self.repeats) as r, unrolled(2) as e, unrolled(2) as h:
-                index = self._acc(r, e, j) + 2 * h + c
-                scaled = scale[r * 4 + 2 * e + h]
-                term = o.term(self.b, self._dot(index), row, where.plane, where.segment, scaled)
-                T.buffer_store(self.total, self.total[index] + term, [index])
-                for apart in range(o.sums):
-                    T.buffer_store(self.acc, o.zero(), [index + apart * self.sums])
+        scale = T.alloc_buffer((4 * self.cut.repeats,), "float32", scope="local")
+        terms = T.alloc_buffer((4,), "uint32", scope="local")
+        with unrolled(self.cut.repeats) as r:
+            source = self._own(stage, r, self.cut.scales_start)
+            T.evaluate(device.load_shared_floats(at(scale, r * 4), self.shared.data, source))
+        with unrolled(self.cut.row_tiles) as j:
+            if self.cut.shared_terms:
+                source = self._terms(stage) + (self.warp_k * self.variant.rows + j * 8 + self.t * 2) * 8
+                T.evaluate(device.load_shared(at(terms, 0), self.shared.data, source))
+            with unrolled(2) as c:
+                x_sum, x_scale = self._terms_of(terms, j, c, where)
+                with unrolled(self.cut.repeats) as r, unrolled(2) as e, unrolled(2) as h:
+                    index = self._acc(r, e, j) + 2 * h + c
+                    term = o.term(self._dot(index), scale[r * 4 + 2 * e + h], x_sum, x_scale)
+                    T.buffer_store(self.total, self.total[index] + term, [index])
+                    for apart in range(o.sums):
+                        T.buffer_store(self.acc, o.zero(), [index + apart * self.cut.sums])
+
+    def _terms_of(self, terms: Expr, j: Expr, c: Expr, where: _Where) -> tuple[Expr, Expr]:
+        """Sum and scale of the activations of row 2 t + c of the ``j``-th eight, in a segment."""
+        if "x_sum" not in self.b:
+            return None, None
+        if self.cut.shared_terms:
+            return T.Cast("int32", terms[2 * c]), device.float_of(T.Cast("int32", terms[2 * c + 1]))
+        row = self._row(j * 8 + self.t * 2 + c)
+        return self.b["x_sum"][row, where.segment], self.b["x_scale"][row, where.segment // self.cut.splits]
 
     def _dot(self, index: Expr) -> Expr:
-        return self.acc[index] if self.operands.sums == 1 else self.acc[index] - self.acc[index + self.sums]
-
-    def _load_scale(self, to: Expr, plane: Expr, group: Expr) -> None:
-        """The scales of this thread's outputs."""
-        with unrolled(self.repeats) as r:
-            prefix = (plane,) if len(self.b["scale"].shape) == 3 else ()
-            T.evaluate(device.load_floats(at(to, r * 4), at(self.b["scale"], *prefix, group, self._column(r))))
+        return self.acc[index] if self.operands.sums == 1 else self.acc[index] - self.acc[index + self.cut.sums]
 
     # --- results --------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Add up the warps along K, scale, and store."""
         v = self.variant
-        scale = T.alloc_buffer((4 * self.repeats,), "float32", scope="local")
-        if self.whole:
+        scale = T.alloc_buffer((4 * self.cut.repeats,), "float32", scope="local")
+        if self.cut.whole:
             if self.operands.sums > 1:
-                with unrolled(self.sums) as i:
+                with unrolled(self.cut.sums) as i:
                     T.buffer_store(self.acc, self._dot(i), [i])
-            self._load_scale(scale, 0, 0)
+            with unrolled(self.cut.repeats) as r:
+                source = at(self.b["scale"], *self._plane_of_scale(0), 0, self._column(r))
+                T.evaluate(device.load_floats(at(scale, r * 4), source))
         if v.warps_k == 1:
-            with unrolled(self.row_tiles) as j:
+            with unrolled(self.cut.row_tiles) as j:
                 self._store_rows(j, scale, lambda index: self.total[index])
             return
         self._exchange()
-        rounds = ceil_div(self.row_tiles, v.warps_k)
+        rounds = ceil_div(self.cut.row_tiles, v.warps_k)
         with unrolled(rounds) as i:
             j = i * v.warps_k + self.warp_k
-            with _when(j < self.row_tiles if self.row_tiles % v.warps_k else True):
+            with _when(j < self.cut.row_tiles if self.cut.row_tiles % v.warps_k else True):
                 self._store_rows(j, scale, self._sum_of_warps)
 
     @property
     def _kind(self) -> str:
-        return "int" if self.whole and self.operands.accumulator == "int32" else "float"
+        return "int" if self.cut.whole and self.operands.accumulator == "int32" else "float"
 
     def _place(self, warp_k: Expr, index: Expr) -> Expr:
         """Where a thread's sum lies in shared memory, as a number of words."""
-        return ((warp_k * self.variant.warps_n + self.warp_n) * self.sums + index) * 32 + self.lane
+        return ((warp_k * self.variant.warps_n + self.warp_n) * self.cut.sums + index) * 32 + self.lane
 
     def _exchange(self) -> None:
         put = device.put_int if self._kind == "int" else device.put_float
         # Others may still read the operands of their last step where sums are to lie.
         T.evaluate(device.wait_copies(0)())
         T.evaluate(T.tvm_storage_sync("shared"))
-        with unrolled(self.sums) as i:
+        with unrolled(self.cut.sums) as i:
             T.evaluate(put(self.shared.data, self._place(self.warp_k, i), self.total[i]))
         T.evaluate(T.tvm_storage_sync("shared"))
 
@@ -448,15 +476,16 @@ class _Kernel:
         with unrolled(2) as c:
             index = self.first_row + j * 8 + self.t * 2 + c
             row = T.min(index, self.last_row)
-            if self.whole and "x_sum" in self.b:
+            if self.cut.whole and "x_sum" in self.b:
                 T.buffer_store(x_sum, T.int32(0), [0])
-                with T.serial(0, self.segments) as s:
+                with T.serial(0, self.cut.segments) as s:
                     T.buffer_store(x_sum, x_sum[0] + self.b["x_sum"][row, s], [0])
-            with unrolled(self.repeats) as r:
+            with unrolled(self.cut.repeats) as r:
                 with unrolled(2) as e, unrolled(2) as h:
                     result = value(self._acc(r, e, j) + 2 * h + c)
-                    if self.whole:
-                        result = self.operands.whole(self.b, result, row, x_sum[0], scale[r * 4 + 2 * e + h])
+                    if self.cut.whole:
+                        x_scale = self.b["x_scale"][row, 0] if "x_sum" in self.b else None
+                        result = self.operands.term(result, scale[r * 4 + 2 * e + h], x_sum[0], x_scale)
                     T.buffer_store(four, self._finished(result, row, self._n(r) + 2 * e + h), [2 * e + h])
                 with T.If(index <= self.last_row), T.Then():
                     self._store(four, row, self._n(r))

@@ -13,7 +13,6 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from tvm_ternary.kernels.codes import BLOCK
 from tvm_ternary.kernels.int8 import MIDDLE
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape
@@ -104,12 +103,11 @@ class Operands(ABC):
         """
 
     @abstractmethod
-    def term(self, b: dict[str, Expr], dot: Expr, row: Expr, plane: Expr, segment: Expr, scale: Expr) -> Expr:
-        """What the sum of a segment adds to a result, float32."""
+    def term(self, dot: Expr, scale: Expr, x_sum: Expr, x_scale: Expr) -> Expr:
+        """What the sum of a segment, or of a whole row, adds to a result, float32.
 
-    def whole(self, b: dict[str, Expr], dot: Expr, row: Expr, x_sum: Expr, scale: Expr) -> Expr:
-        """The same for the sum over all of K, where there is one scale a row; ``x_sum`` that of its activations."""
-        return scale * dot
+        ``x_sum`` and ``x_scale`` are those of its activations, where the kernel has such operands.
+        """
 
     def prepare_rows(self, x: Expr) -> None:  # noqa: B027
         """What a thread's activations of a step need before they are multiplied: mostly nothing."""
@@ -167,12 +165,8 @@ class ByteOperands(CodeOperands):
     def row_address(self, b: dict[str, Expr], row: Expr, piece: Expr) -> Expr:
         return at(b["x_q"], row, piece * 16)
 
-    def term(self, b: dict[str, Expr], dot: Expr, row: Expr, plane: Expr, segment: Expr, scale: Expr) -> Expr:
-        group = segment // self.shape.splits(BLOCK)
-        return scale * (T.Cast("float32", dot - b["x_sum"][row, segment] * self.middle) * b["x_scale"][row, group])
-
-    def whole(self, b: dict[str, Expr], dot: Expr, row: Expr, x_sum: Expr, scale: Expr) -> Expr:
-        return scale * (T.Cast("float32", dot - x_sum * self.middle) * b["x_scale"][row, 0])
+    def term(self, dot: Expr, scale: Expr, x_sum: Expr, x_scale: Expr) -> Expr:
+        return scale * (T.Cast("float32", dot - x_sum * self.middle) * x_scale)
 
 
 class HalfOperands(CodeOperands):
@@ -201,7 +195,7 @@ class HalfOperands(CodeOperands):
     def row_address(self, b: dict[str, Expr], row: Expr, piece: Expr) -> Expr:
         return at(b["x_half"], row, piece * 8)
 
-    def term(self, b: dict[str, Expr], dot: Expr, row: Expr, plane: Expr, segment: Expr, scale: Expr) -> Expr:
+    def term(self, dot: Expr, scale: Expr, x_sum: Expr, x_scale: Expr) -> Expr:
         return scale * dot
 
     def shared_offsets(self, row: Expr, t: Expr) -> list[Expr]:
@@ -252,10 +246,7 @@ class BitOperands(Operands):
                 to = index if a == b else index + apart
                 T.evaluate(device.mma_bits(at(acc, to), *left, x[b], x[b + 1]))
 
-    def term(self, b: dict[str, Expr], dot: Expr, row: Expr, plane: Expr, segment: Expr, scale: Expr) -> Expr:
-        return scale * T.Cast("float32", dot)
-
-    def whole(self, b: dict[str, Expr], dot: Expr, row: Expr, x_sum: Expr, scale: Expr) -> Expr:
+    def term(self, dot: Expr, scale: Expr, x_sum: Expr, x_scale: Expr) -> Expr:
         return scale * T.Cast("float32", dot)
 
 

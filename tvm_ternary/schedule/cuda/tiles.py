@@ -29,7 +29,8 @@ from typing import Any
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
-from tvm_ternary.schedule.cuda.operands import Operands, operands_of
+from tvm_ternary.schedule.cuda.cut import Cut
+from tvm_ternary.schedule.cuda.operands import Operands
 from tvm_ternary.schedule.cuda.variant import CudaVariant
 from tvm_ternary.schedule.tiles import read_schedule
 from tvm_ternary.target.cuda import CUDA_ARCHS, CudaArch
@@ -149,39 +150,16 @@ def best(tiles: CudaTiles, kernel: MatmulKernel, shape: MatmulShape, arch: CudaA
     return min(fitting, key=lambda variant: estimate(kernel, shape, variant, arch, rows))
 
 
-def stage_bytes(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant) -> int:
-    """Shared memory of one stage: see `schedule.cuda.matmul`."""
-    operands = operands_of(kernel, shape)
-    weights = v.columns // 32 * operands.words * 4 * v.threads
-    if v.shared:
-        return weights + v.warps_k * v.rows * operands.row_bytes
-    return weights + v.rows // 8 * operands.row_registers * 4 * v.threads
-
-
-def shared_bytes(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant) -> int:
-    """Shared memory of a block of threads."""
-    exchanged = v.threads * (v.columns // 32) * v.rows * 4 if v.warps_k > 1 else 0
-    return max(v.stages * stage_bytes(kernel, shape, v), exchanged)
-
-
-def registers(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant) -> int:
-    """Registers of a thread, roughly."""
-    operands = operands_of(kernel, shape)
-    sums = v.columns // 32 * v.rows
-    scaled = 0 if shape.groups == 1 and not operands.planes_apart else sums
-    weights = v.columns // 32 * (operands.words + 4 * operands.word_registers)
-    return 40 + operands.sums * sums + scaled + weights + operands.row_registers
-
-
 def fits(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: CudaArch) -> bool:
     """Whether an architecture has the shared memory and registers for a variant."""
-    enough = min(255, _REGISTERS // v.threads)
-    return shared_bytes(kernel, shape, v) <= arch.shared_bytes and registers(kernel, shape, v) <= enough
+    cut = Cut(kernel, shape, v)
+    return cut.shared_bytes <= arch.shared_bytes and cut.registers <= min(255, _REGISTERS // v.threads)
 
 
 def estimate(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: CudaArch, rows: int) -> float:
     """Cycles, roughly, of the busiest multiprocessor."""
-    operands, width = operands_of(kernel, shape), v.columns * v.warps_n
+    cut, width = Cut(kernel, shape, v), v.columns * v.warps_n
+    operands = cut.operands
     blocks = ceil_div(rows, v.rows) * ceil_div(shape.n, width)
     steps = ceil_div(shape.padded_k(kernel.block), operands.blocks * kernel.block * v.warps_k)
     per_step = v.warps_k * operands.blocks * kernel.block
@@ -195,8 +173,8 @@ def estimate(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: Cud
     resident = max(
         1,
         min(
-            arch.shared_bytes // (shared_bytes(kernel, shape, v) + _SHARED_OF_MULTIPROCESSOR),
-            _REGISTERS // (v.threads * registers(kernel, shape, v)),
+            arch.shared_bytes // (cut.shared_bytes + _SHARED_OF_MULTIPROCESSOR),
+            _REGISTERS // (v.threads * cut.registers),
             _THREADS // v.threads,
         ),
     )
