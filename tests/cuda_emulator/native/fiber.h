@@ -1,0 +1,25 @@
+// Stacks to run the threads of a block on, and the switch between two of them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+struct Context {
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+};
+
+void context_switch(Context& from, Context& to);
+// A context that calls entry() on this stack; entry never returns.
+void context_make(Context& made, char* stack, size_t size, void (*entry)());
+
+// All stacks lie in one range, so that an access to a local variable is told by its address.
+constexpr size_t kStackBytes = 256 * 1024;
+char* stack_of(unsigned thread);
+bool in_stacks(const void* address);
