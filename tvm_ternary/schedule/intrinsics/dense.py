@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B
 
 from tvm_ternary.formats import LANES
 from tvm_ternary.formats.dense import DIGITS
@@ -96,14 +97,15 @@ def _remainders(weight: Any, start: int, lanes: int, count: int) -> list[Any]:
     """The bytes of ``lanes`` words, before a digit is taken off, after one, after two, ...
 
     Each is three times the one before. A fence hides this: LLVM would make one multiplication of several additions, and
-    x86 has no instruction for that.
+    x86 has no instruction for that. Each has a name: or else TVM's passes, which follow an operand wherever it is
+    used, would go through the first one 3^5 times.
     """
     bytes_, floats = f"uint8x{4 * lanes}", f"float32x{lanes}"
-    remainders = [T.reinterpret(vector(weight, start, lanes, "uint32"), dtype=bytes_)]
+    remainders = [B.bind(T.reinterpret(vector(weight, start, lanes, "uint32"), dtype=bytes_))]
     while len(remainders) < count:
         q = remainders[-1]
         tripled = T.reinterpret(q + q + q, dtype=floats)
-        remainders.append(T.reinterpret(llvm("llvm.arithmetic.fence", floats, tripled), dtype=bytes_))
+        remainders.append(B.bind(T.reinterpret(llvm("llvm.arithmetic.fence", floats, tripled), dtype=bytes_)))
     return remainders
 
 
