@@ -27,6 +27,8 @@ from .strategies import granularities
         ("t2a32", Scheme(2, 32, PerChannel())),
         ("t4a1pt", Scheme(4, 1, PerTensor())),
         ("t3a32g1", Scheme(3, 32, PerGroup(1))),
+        ("t1a16g64", Scheme(1, 16, PerGroup(64))),
+        ("t2abf16", Scheme(2, 16, PerChannel(), bfloat=True)),
     ],
 )
 def test_names_mean_what_the_docs_say(text: str, scheme: Scheme) -> None:
@@ -34,9 +36,11 @@ def test_names_mean_what_the_docs_say(text: str, scheme: Scheme) -> None:
     assert str(scheme) == text
 
 
-@given(st.integers(1, 4), st.sampled_from([32, 8, 1]), granularities)
-def test_name_and_back(planes: int, bits: int, granularity: Granularity) -> None:
-    scheme = Scheme(planes, bits, granularity)
+@given(
+    st.integers(1, 4), st.sampled_from([(32, False), (16, False), (16, True), (8, False), (1, False)]), granularities
+)
+def test_name_and_back(planes: int, activation: tuple[int, bool], granularity: Granularity) -> None:
+    scheme = Scheme(planes, activation[0], granularity, bfloat=activation[1])
     assert Scheme.parse(str(scheme)) == scheme
     assert granularity_from_suffix(granularity.suffix) == granularity
 
@@ -44,7 +48,7 @@ def test_name_and_back(planes: int, bits: int, granularity: Granularity) -> None
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "t0a8", "t5a8", "t1a16", "t1", "t1a8g0", "t1a8g", "t1a8g-1", "t1a8ptg8", "t1a8g1.5"),
+        *("", "t0a8", "t5a8", "t1a4", "t1abf8", "t1b16", "t1", "t1a8g0", "t1a8g", "t1a8g-1", "t1a8ptg8", "t1a8g1.5"),
         *("T1A8", " t1a8", "t1a8\n", "t1a8g٣", "t1a8g" + "9" * 5000),
     ],
 )
@@ -54,10 +58,10 @@ def test_other_names_are_refused_with_the_grammar_and_an_example(text: str) -> N
     message = str(caught.value)
     assert message.startswith("scheme ")
     assert "\n" not in message
-    assert all(word in message for word in ("t{1-4}a{32|8|1}", "g{size}", "pt", "for example t1a8g128"))
+    assert all(word in message for word in ("t{1-4}a{32|bf16|16|8|1}", "g{size}", "pt", "for example t1a8g128"))
 
 
-@given(st.text(alphabet="ta1238pg0 ", max_size=8))
+@given(st.text(alphabet="tabf12368pg0 ", max_size=8))
 def test_any_text_is_parsed_in_full_or_refused(text: str) -> None:
     try:
         scheme = Scheme.parse(text)
@@ -73,7 +77,7 @@ def test_any_text_is_parsed_in_full_or_refused(text: str) -> None:
         (5, 8, PerChannel(), "planes=5"),
         (True, 8, PerChannel(), "planes=True"),
         (1.0, 8, PerChannel(), "planes=1.0"),
-        (1, 16, PerChannel(), "activation_bits=16, expected 32, 8 or 1"),
+        (1, 4, PerChannel(), "activation_bits=4, expected 32, 16, 8 or 1"),
         (1, True, PerChannel(), "activation_bits=True"),
         (1, 8, "g128", r"granularity='g128', expected PerTensor\(\), PerChannel\(\) or PerGroup\(size\)"),
     ],
@@ -81,6 +85,12 @@ def test_any_text_is_parsed_in_full_or_refused(text: str) -> None:
 def test_other_values_are_refused(planes: int, bits: int, granularity: Granularity, problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         Scheme(planes, bits, granularity)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 1])
+def test_only_sixteen_bits_can_be_bfloats(bits: int) -> None:
+    with pytest.raises(OptionError, match=f"bfloat with {bits} bits, expected 16; for example t1abf16"):
+        Scheme(1, bits, PerChannel(), bfloat=True)
 
 
 @pytest.mark.parametrize("suffix", ["g", "g0", "channel", "pt ", "g08"])
