@@ -18,7 +18,6 @@ inline Half<F>::Half(Half<V> other) : __x(F::round(static_cast<float>(other))) {
 
 static inline half2 make_half2(half x, half y) { return {x, y}; }
 static inline nv_bfloat162 make_bfloat162(nv_bfloat16 x, nv_bfloat16 y) { return {x, y}; }
-static inline nv_bfloat162 make_nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) { return {x, y}; }
 
 // ---- conversions ----
 static inline float __half2float(half a) { return a; }
