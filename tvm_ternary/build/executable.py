@@ -78,7 +78,7 @@ def _build_cuda(module: tvm.IRModule, target: Mapping[str, Any], cuda_graph: boo
         instruments=[*(outer.instruments or ()), shared],
         config={**outer.config, "relax.backend.use_cuda_graph": cuda_graph},
     )
-    with _kernels_as_source(), context:
+    with kernels_as_source(), context:
         executable = _build(module, target)
     most = int(target["max_shared_memory_per_block"])
     for kernel, size in shared.sizes.items():
@@ -89,7 +89,7 @@ def _build_cuda(module: tvm.IRModule, target: Mapping[str, Any], cuda_graph: boo
 
 
 @contextmanager
-def _kernels_as_source() -> Iterator[None]:
+def kernels_as_source() -> Iterator[None]:
     """Make TVM keep kernels as source, as it does where there is no driver; with one it would compile them for it."""
     with _ENVIRONMENT:
         before = os.environ.get(_FALLBACK)

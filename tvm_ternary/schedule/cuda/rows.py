@@ -33,7 +33,7 @@ LONG = 512
 """From this many values on a group has a block of threads for itself."""
 
 
-def rows_function(kernel: MatmulKernel, shape: MatmulShape) -> tirx.PrimFunc:
+def rows_function(kernel: MatmulKernel, shape: MatmulShape, rows: int | None = None) -> tirx.PrimFunc:
     """The scheduled function that makes a kernel's activations of x (M, K) float32 on a GPU.
 
     Parameters
@@ -41,19 +41,22 @@ def rows_function(kernel: MatmulKernel, shape: MatmulShape) -> tirx.PrimFunc:
     kernel : MatmulKernel
         One that `schedule.cuda.matmul` takes.
     shape : MatmulShape
+    rows : int, optional
+        M where it is known; None leaves it symbolic.
 
     Returns
     -------
     tirx.PrimFunc
-        Parameters: x, then the kernel's activations. For any M.
+        Parameters: x, then the kernel's activations.
     """
-    makers: dict[str, Callable[[MatmulShape], tirx.PrimFunc]] = {
+    m = rows if rows is not None else tirx.Var("M", "int64")
+    makers: dict[str, Callable[[MatmulShape, Expr], tirx.PrimFunc]] = {
         "matmul_a8": _int8_rows,
         "matmul_a1": _ternary_rows,
-        "matmul_a16": lambda shape: _half_rows(shape, "float16"),
-        "matmul_abf16": lambda shape: _half_rows(shape, "bfloat16"),
+        "matmul_a16": lambda shape, m: _half_rows(shape, m, "float16"),
+        "matmul_abf16": lambda shape, m: _half_rows(shape, m, "bfloat16"),
     }
-    return makers[kernel.name](shape)
+    return makers[kernel.name](shape, m)
 
 
 @contextmanager
@@ -117,12 +120,22 @@ def _fold_warp(held: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str) ->
 
 
 @contextmanager
+def _any_rows(m: Expr) -> Iterator[None]:
+    """A grid must not be empty."""
+    if isinstance(m, int):
+        yield
+        return
+    with T.If(m > 0), T.Then():
+        yield
+
+
+@contextmanager
 def _teams(m: Expr, groups: int, size: int) -> Iterator[tuple[_Team, Expr, Expr]]:
     """A team for each group of each row: the team, row and group; nothing where M is 0."""
     per_block = BLOCK_THREADS // size
     count = m * groups
     blocks, launch = (count + (per_block - 1)) // per_block, T.launch_thread
-    with T.If(m > 0), T.Then(), launch("blockIdx.x", blocks) as bx, launch("threadIdx.x", BLOCK_THREADS) as thread:
+    with _any_rows(m), launch("blockIdx.x", blocks) as bx, launch("threadIdx.x", BLOCK_THREADS) as thread:
         scratch = T.alloc_buffer((BLOCK_THREADS // WARP * 4,), "uint8", scope="shared.dyn") if size > WARP else None
         block = T.Cast("int64", bx)
         index = block if per_block == 1 else block * per_block + T.Cast("int64", thread // size)
@@ -133,11 +146,6 @@ def _teams(m: Expr, groups: int, size: int) -> Iterator[tuple[_Team, Expr, Expr]
         # A whole warp is there or not.
         with T.If(index < count), T.Then():
             yield team, index // groups, index % groups
-
-
-def _rows_in(k: int) -> tuple[Expr, Expr]:
-    m = tirx.Var("M", "int64")
-    return m, T.arg("x", T.buffer((m, k), "float32"))
 
 
 class _Group:
@@ -172,12 +180,12 @@ def _team_size(width: int) -> int:
     return WARP if width < LONG else BLOCK_THREADS
 
 
-def _int8_rows(shape: MatmulShape) -> tirx.PrimFunc:
+def _int8_rows(shape: MatmulShape, m: Expr) -> tirx.PrimFunc:
     """`kernels.activations.int8_rows`, equal to the bit."""
     width = shape.padded_k(CODES_BLOCK) // shape.groups
     size = _team_size(width)
     with _function("quantize_rows_int8") as built:
-        m, x = _rows_in(shape.k)
+        x = T.arg("x", T.buffer((m, shape.k), "float32"))
         x_q = T.arg("x_q", T.buffer((m, shape.padded_k(CODES_BLOCK)), "int8"))
         x_sum = T.arg("x_sum", T.buffer((m, shape.segments(CODES_BLOCK)), "int32"))
         x_scale = T.arg("x_scale", T.buffer((m, shape.groups), "float32"))
@@ -228,11 +236,11 @@ def _round_segments(
                 T.buffer_store(x_sum, total[0], [row, group * splits + segment])
 
 
-def _half_rows(shape: MatmulShape, dtype: str) -> tirx.PrimFunc:
+def _half_rows(shape: MatmulShape, m: Expr, dtype: str) -> tirx.PrimFunc:
     """x (M, K) float32 -> x_half (M, Kp): rounded to nearest even, groups padded, the middle two of four exchanged."""
     width = shape.padded_k(CODES_BLOCK) // shape.groups
     with _function(f"round_rows_{dtype}") as built:
-        m, x = _rows_in(shape.k)
+        x = T.arg("x", T.buffer((m, shape.k), "float32"))
         x_half = T.arg("x_half", T.buffer((m, shape.padded_k(CODES_BLOCK)), dtype))
         quads = shape.groups * (width // 4)
         with (
@@ -252,11 +260,11 @@ def _half_rows(shape: MatmulShape, dtype: str) -> tirx.PrimFunc:
     return built()
 
 
-def _ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
+def _ternary_rows(shape: MatmulShape, m: Expr) -> tirx.PrimFunc:
     """`kernels.activations.ternary_rows`, up to the order of sums: a block of threads a row."""
     words = shape.segment_blocks(BITS_BLOCK)
     with _function("quantize_rows_ternary") as built:
-        m, x = _rows_in(shape.k)
+        x = T.arg("x", T.buffer((m, shape.k), "float32"))
         x_bits = T.arg("x_bits", T.buffer((m, shape.groups * words, 2), "uint32"))
         x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
         with _teams(m, 1, BLOCK_THREADS) as (team, row, _):
