@@ -93,7 +93,10 @@ def _four_times(values: Any) -> Any:
 
 
 def _weighted_sum(words: list[Any], factors: list[Any], s: int) -> Any:
-    """Bit 0 of a code (t = 0) adds its plane's factor once, bit 1 (t = 1) twice, to the middle less all factors."""
+    """Bit 0 of a code (t = 0) adds its plane's factor once, bit 1 (t = 1) twice, to the middle less all factors.
+
+    Nothing is used twice in what is written down: TVM's passes would go through the first sum 4^planes times.
+    """
     value = _splat(MIDDLE)
     for factor in factors:
         value = value - factor
@@ -101,7 +104,7 @@ def _weighted_sum(words: list[Any], factors: list[Any], s: int) -> Any:
         codes = T.reinterpret(word, dtype=f"uint8x{_BYTES}")
         for bit, amount in ((1, factor), (2, factor + factor)):
             there = T.bitwise_and(codes, _splat(bit << (2 * s))) != _splat(0)
-            value = T.Select(there, value + amount, value)
+            value = value + T.Select(there, amount, _splat(0))
     return value
 
 
