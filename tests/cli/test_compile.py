@@ -101,12 +101,12 @@ def test_help_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--scheme", "t9a8"], ["'t9a8'", "t{1-4}a{32|8|1}"]),
+        (["--scheme", "t9a8"], ["'t9a8'", "t{1-4}a{32|bf16|16|8|1}"]),
         (["--target", "sparc"], ["target sparc", *target_names()]),
         (["--target", "cuda-sm_75"], ["target cuda-sm_75", "no such architecture: sm_75"]),
         (["--layers", "decoder"], ["'decoder'", "matches no matrix", *MATRICES]),
         (["--layers", "("], ["'('", "no regular expression", "all, attention, ffn"]),
-        (["--layers", "all=t7"], ["'t7'", "t{1-4}a{32|8|1}"]),
+        (["--layers", "all=t7"], ["'t7'", "t{1-4}a{32|bf16|16|8|1}"]),
         (["--method", "magic"], ["'magic'", *METHODS]),
         (["--dim", "depth=2"], ["depth", "no such symbolic dimension", "batch"]),
         (["--dim", "batch=0"], ["batch", "got 0", "at least 1"]),
