@@ -154,6 +154,20 @@ def test_atomics_of_many_threads_are_no_race(checked: bool) -> None:
     assert total[0] == 3 * 64 * 63 // 2
 
 
+@pytest.mark.parametrize(
+    "copying",
+    ["for (int i = 0; i < n; ++i) y[i] = x[i];", "memcpy(y, x, 4 * n);", "for (int i = 0; i < n; ++i) y[i] = 0;"],
+)
+def test_loops_that_become_vectors_or_calls_are_watched(copying: str) -> None:
+    x, y = np.arange(64, dtype=np.int32), np.zeros(64, np.int32)
+    kernels = emulator.compile(kernel(copying, "int* y, const int* x, int n"))
+    kernels.launch("k", 1, 1, 0, [Out(y), x, 64])
+    with pytest.raises(EmulatorError, match="no thread writes element 61"):
+        kernels.launch("k", 1, 1, 0, [Out(y), x, 61])
+    with pytest.raises(EmulatorError, match=r"past its end|where no memory is"):
+        kernels.launch("k", 1, 1, 0, [Out(y), x, 65])
+
+
 def test_a_misaligned_vector_load_is_found() -> None:
     with pytest.raises(EmulatorError, match="isn't a multiple of 16"):
         run("if (threadIdx.x < 16) *(int4*)(y + 4 * threadIdx.x) = *(const int4*)(x + threadIdx.x);")

@@ -116,5 +116,32 @@ def test_a_network(gpu: Worker, rng: np.random.Generator, dtype: str, tolerance:
     assert gpu.counters["copies_from_device"] == 0
 
 
+def test_a_graph_is_captured(gpu: Worker, rng: np.random.Generator) -> None:
+    """TVM runs what it captures once by itself before: every call of `run` makes a virtual machine of its own."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def double(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):  # type: ignore[no-untyped-def]
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        for lane in T.thread_binding(64, thread="threadIdx.x"):
+            with T.sblock("double"):
+                i = T.axis.spatial(64, lane)
+                y[i] = x[i] * T.float32(2)
+
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((64,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            name, y = builder.add_func(double, "double"), x
+            for _ in range(5):
+                y = builder.emit(relax.call_tir(name, relax.Tuple([y]), relax.TensorType((64,), "float32")))
+            y = builder.emit_output(y)
+        builder.emit_func_output(y)
+    value = rng.standard_normal(64).astype(np.float32)
+    [result] = gpu.run(builder.get(), value, config={"relax.backend.use_cuda_graph": True})
+    np.testing.assert_array_equal(result, 32 * value)
+    assert gpu.counters["graphs"] == 1
+    assert gpu.counters["launches"] >= 5
+
+
 def test_the_source_of_a_module(gpu: Worker) -> None:
     assert "main_kernel" in gpu.source(by_rows)

@@ -84,6 +84,34 @@ def fake_driver_folder() -> Path:
     return made
 
 
+# A loop that became a call of memset would not be traced.
+_KERNEL_FLAGS = (
+    *_COMMON,
+    "-w",
+    "-g1",
+    "-fvisibility=hidden",
+    "-fno-threadsafe-statics",
+    "-fno-tree-loop-distribute-patterns",
+    "-DTVM_TERNARY_EMULATED",
+    "-D__CUDACC_VER_MAJOR__=13",
+)
+_TRACED_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+
+
+@functools.cache
+def _shim(checked: bool) -> tuple[object, ...]:
+    """Flags to compile a kernel with: those of the language, and the shim, which is compiled once ahead of all."""
+    flags = (*_KERNEL_FLAGS, *(_TRACED_FLAGS if checked else ()), f"-I{folder() / 'include'}", f"-I{NATIVE}")
+    header = folder() / ("traced" if checked else "plain") / "cuda_shim.h"
+    if not header.exists():
+        building = header.parent.with_suffix(f".{os.getpid()}")
+        building.mkdir()
+        shutil.copy(NATIVE / "cuda_shim.h", building)
+        gxx([*flags, "-x", "c++-header", building / "cuda_shim.h", "-o", building / "cuda_shim.h.gch"])
+        building.rename(header.parent)
+    return (*flags, "-include", header)
+
+
 def kernel_library(source: str, *, checked: bool, architecture: int) -> Path:
     """Compile a CUDA source to a shared object with the table `tt_kernels`.
 
@@ -100,20 +128,8 @@ def kernel_library(source: str, *, checked: bool, architecture: int) -> Path:
     prepared = library.with_suffix(".cpp")
     library.with_suffix(".cu").write_text(source)
     prepared.write_text(prepare(source, library.with_suffix(".cu")))
-    trace = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"] if checked else []
-    # A loop that became a call of memset would not be traced.
-    flags = [
-        *_COMMON,
-        "-w",
-        "-g1",
-        "-fvisibility=hidden",
-        "-fno-threadsafe-statics",
-        "-fno-tree-loop-distribute-patterns",
-    ]
-    defines = ["-DTVM_TERNARY_EMULATED", f"-D__CUDA_ARCH__={architecture}", "-D__CUDACC_VER_MAJOR__=13"]
-    includes = [f"-I{folder() / 'include'}", f"-I{NATIVE}", "-include", NATIVE / "cuda_shim.h"]
     compiled, building = library.with_suffix(f".{os.getpid()}.o"), library.with_suffix(f".{os.getpid()}")
-    gxx([*flags, *trace, *defines, *includes, "-c", prepared, "-o", compiled])
+    gxx([*_shim(checked), f"-D__CUDA_ARCH__={architecture}", "-c", prepared, "-o", compiled])
     # Not linked with -fsanitize=thread, which would bring in libtsan.
     gxx(["-shared", compiled, f"-L{folder()}", "-l:libtt_emulator.so", f"-Wl,-rpath,{folder()}", "-o", building])
     compiled.unlink()

@@ -4,6 +4,7 @@ TVM's CUDA runtime can't leave a process once loaded, and changes how TVM compil
 one for many modules.
 """
 
+import json
 import pickle
 import struct
 import subprocess
@@ -88,9 +89,10 @@ class Worker:
         *args: Any,
         entry: str = "main",
         target: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> list[np.ndarray]:
-        """Compile a module for the fake GPU, once, and call a function of it.
+        """Compile a module for the fake GPU, once, and call a function of it, a Relax one in a new virtual machine.
 
         Parameters
         ----------
@@ -98,6 +100,7 @@ class Worker:
         args : the function's arguments in order: an array (put on the GPU), an `Out` or `InOut` (also fetched from it
             into the array given), a number
         target : default: CUDA of the worker's compute capability with an LLVM host
+        config : of TVM's PassContext, ``{"relax.backend.use_cuda_graph": True}`` for one
         seed : order of warps between barriers
 
         Returns
@@ -109,13 +112,8 @@ class Worker:
         EmulatorError
             For what the kernels do wrong, and when compiling or running fails.
         """
-        import tvm
-
-        if not isinstance(module, tvm.IRModule):
-            module = tvm.IRModule({entry: module.with_attr("global_symbol", entry)})
         request = {
-            "module": tvm.ir.save_json(module),
-            "target": dict(target) if target else self._target(),
+            **self._program(module, entry, target, config),
             "entry": entry,
             "args": [_encode(a) for a in args],
             "seed": seed,
@@ -128,21 +126,27 @@ class Worker:
 
     def source(self, module: Any, *, entry: str = "main", target: Mapping[str, Any] | None = None) -> str:
         """The CUDA source of a module, as it is compiled for `run`."""
+        return str(self._call("source", self._program(module, entry, target, None)))
+
+    def _program(
+        self, module: Any, entry: str, target: Mapping[str, Any] | None, config: Mapping[str, Any] | None
+    ) -> dict[str, str]:
         import tvm
 
         if not isinstance(module, tvm.IRModule):
             module = tvm.IRModule({entry: module.with_attr("global_symbol", entry)})
-        request = {"module": tvm.ir.save_json(module), "target": dict(target) if target else self._target()}
-        return str(self._call("source", request))
-
-    def _target(self) -> dict[str, Any]:
-        return {
+        default = {
             "kind": "cuda",
             "arch": self.arch,
             "max_threads_per_block": 1024,
             "thread_warp_size": 32,
             "max_shared_memory_per_block": 49152,
-            "host": {"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": "x86-64"},
+            "host": {"kind": "llvm"},
+        }
+        return {
+            "module": tvm.ir.save_json(module),
+            "target": json.dumps(dict(target or default)),
+            "config": json.dumps(dict(config or {})),
         }
 
     def _call(self, action: str, request: Mapping[str, Any]) -> Any:

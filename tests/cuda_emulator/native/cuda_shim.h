@@ -319,13 +319,16 @@ struct Call<kernel> {
   static constexpr Signature described{};
 };
 }  // namespace tt
-#define TT_SECTION_BOUNDS(n)                                                            \
-  extern "C" char __start_tt_shared_##n[] __attribute__((weak, visibility("hidden"))); \
-  extern "C" char __stop_tt_shared_##n[] __attribute__((weak, visibility("hidden")));
 #if defined(__SANITIZE_THREAD__)
 #define TT_CHECKED 1
+// The C library's would not be traced.
+#define memcpy tt_emu_memcpy
+#define memset tt_emu_memset
 #else
 #define TT_CHECKED 0
 #endif
+#define TT_SECTION_BOUNDS(n)                                                            \
+  extern "C" char __start_tt_shared_##n[] __attribute__((weak, visibility("hidden"))); \
+  extern "C" char __stop_tt_shared_##n[] __attribute__((weak, visibility("hidden")));
 #define TT_KERNEL(name, n, threads, parameters) \
   {#name, &tt::Call<&name>::invoke, tt::Call<&name>::described.text, parameters, __start_tt_shared_##n, __stop_tt_shared_##n, threads, TT_CHECKED}

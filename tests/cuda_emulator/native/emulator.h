@@ -35,6 +35,8 @@ unsigned tt_emu_ballot(unsigned mask, int predicate, int line);
 void tt_emu_shuffle(int kind, unsigned mask, void* data, int bytes, int lane, int width, int line);
 // kind: 0 add, 1 min, 2 max, 3 and, 4 or, 5 xor
 unsigned tt_emu_reduce(int kind, int is_signed, unsigned mask, unsigned value, int line);
+void* tt_emu_memcpy(void* to, const void* from, size_t bytes);
+void* tt_emu_memset(void* to, int value, size_t bytes);
 void tt_emu_atomic_access(const volatile void* address, int bytes);
 
 void tt_emu_mma_m16n8k32_u8s8(int* d, const unsigned* a, const unsigned* b);

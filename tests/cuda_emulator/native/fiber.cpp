@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if TT_FIBER_ASSEMBLY
 // Saves what a call preserves; some 2 ns, where swapcontext makes a system call.
 extern "C" void tt_switch(void** save, void* load);
 asm(R"(

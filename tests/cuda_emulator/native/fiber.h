@@ -3,12 +3,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(__x86_64__)
+#if !defined(TT_FIBER_ASSEMBLY) && defined(__x86_64__)
+#define TT_FIBER_ASSEMBLY 1
+#endif
+#if !TT_FIBER_ASSEMBLY
 #include <ucontext.h>
 #endif
 
 struct Context {
-#if defined(__x86_64__)
+#if TT_FIBER_ASSEMBLY
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;

@@ -282,6 +282,16 @@ void tt_emu_atomic_access(const volatile void* address, int bytes) {
     access_atomic(const_cast<const void*>(address), static_cast<size_t>(bytes), __builtin_return_address(0));
 }
 
+void* tt_emu_memcpy(void* to, const void* from, size_t bytes) {
+  if (bytes) access_memory(from, bytes, false, __builtin_return_address(0));
+  if (bytes) access_memory(to, bytes, true, __builtin_return_address(0));
+  return std::memcpy(to, from, bytes);
+}
+void* tt_emu_memset(void* to, int value, size_t bytes) {
+  if (bytes) access_memory(to, bytes, true, __builtin_return_address(0));
+  return std::memset(to, value, bytes);
+}
+
 // ---- what g++ -fsanitize=thread calls before every access ----
 #define TT_TRACE(n)                                                                                             \
   static void aligned_##n(const void* p, bool write, const void* pc) {                                          \
