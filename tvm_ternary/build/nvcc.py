@@ -25,6 +25,8 @@ _INSTALL = "install the CUDA toolkit 13 or newer, or pip install 'tvm-ternary[cu
 # Only the preprocessor of the host's compiler is used: one that nvcc does not know yet will do.
 _FLAGS = (
     *("--fatbin", "-std=c++17", "-O3", "--no-compress", "--threads", "2", "-Xptxas", "-v"),
+    # The assembler would rather spill a register than have one block of threads less on a multiprocessor.
+    *("--maxrregcount", "255"),
     *("--disable-warnings", "--allow-unsupported-compiler"),
 )
 _USAGE = re.compile(

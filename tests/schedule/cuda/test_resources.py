@@ -1,0 +1,107 @@
+"""What the kernels take of a GPU, against a table that says what they took, and bounds that say what they may.
+
+``resources.toml`` is made by ``python -m tests.schedule.cuda.test_resources``.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_matmul import source_of
+from tvm_ternary.build.nvcc import KernelResources, compile_fatbin
+from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import kernel_for
+from tvm_ternary.schedule.cuda.cut import Cut
+from tvm_ternary.schedule.cuda.matmul import matmul_function
+from tvm_ternary.schedule.cuda.rows import rows_function
+from tvm_ternary.schedule.cuda.tiles import choose, fits, load_cuda_tiles
+from tvm_ternary.target.cuda import CUDA_ARCHS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TABLE = Path(__file__).with_name("resources.toml")
+KINDS = {"a8": (8, False), "a16": (16, False), "abf16": (16, True), "a1": (1, False)}
+ROWS = (1, 16, 128, 4096)
+SHAPES = {
+    "4096x4096": MatmulShape(4096, 4096, 1, 1, 4096),
+    "4096x4096g128": MatmulShape(4096, 4096, 1, 32, 128),
+    "384x1536t3g64": MatmulShape(384, 1536, 3, 24, 64),
+}
+
+
+@cache
+def report(arch: str) -> dict[str, KernelResources]:
+    """The kernels that are chosen for some shapes, and those that prepare their rows."""
+    functions = {}
+    for kind, (bits, bfloat) in KINDS.items():
+        kernel = kernel_for(bits, bfloat=bfloat).matmul
+        for name, shape in SHAPES.items():
+            functions[f"rows_{kind}_{name}"] = rows_function(kernel, shape)
+            for rows in ROWS:
+                variants = choose(kernel, shape, f"cuda-{arch}", rows)
+                functions[f"matmul_{kind}_{name}_m{rows}"] = matmul_function(kernel, shape, variants, rows=rows)
+    code = compile_fatbin(source_of(functions), [arch])
+    return {used.kernel.removesuffix("_kernel"): used for used in code.kernels}
+
+
+def golden() -> dict[str, int]:
+    return {name: int(value) for name, value in tomllib.loads(TABLE.read_text())["registers"].items()}
+
+
+def check(arch: str, name: str, used: KernelResources) -> None:
+    # For these two the assembler trades a few bytes of planes' decoding for one block of threads more.
+    most = 16 if arch in ("sm_86", "sm_89") and "t3" in name else 0
+    assert max(used.spill_bytes, used.local_bytes) <= most, name
+    assert used.registers <= 255
+    assert used.shared_bytes == 0, f"{name}: all shared memory is asked for at launch"
+    assert used.arch == arch
+
+
+def test_the_chosen_kernels_take_what_they_took() -> None:
+    """On sm_90; a compiler's version may change a register here and there, but not a quarter of them."""
+    found, known = report("sm_90"), golden()
+    assert found.keys() == known.keys(), "make the table anew"
+    for name, used in found.items():
+        check("sm_90", name, used)
+        assert abs(used.registers - known[name]) <= max(8, known[name] // 4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in CUDA_ARCHS if arch != "sm_90"])
+def test_they_compile_for_every_architecture(arch: str) -> None:
+    for name, used in report(arch).items():
+        check(arch, name, used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_variant_of_the_files_compiles_as_counted(kind: str) -> None:
+    """`Cut.registers` decides which variants are tried: it must not be far below what the compiler takes."""
+    bits, bfloat = KINDS[kind]
+    kernel, functions, counted = kernel_for(bits, bfloat=bfloat).matmul, {}, {}
+    for shape in SHAPES.values():
+        for index, candidate in enumerate(load_cuda_tiles(kernel.name, "cuda-sm_90").candidates):
+            if not fits(kernel, shape, candidate.variant, CUDA_ARCHS["sm_90"]):
+                continue
+            name = f"v{index}_{shape.n}_{shape.groups}"
+            functions[name] = matmul_function(kernel, shape, [candidate.variant])
+            counted[name] = Cut(kernel, shape, candidate.variant).registers
+    for used in compile_fatbin(source_of(functions), ["sm_90"]).kernels:
+        name = used.kernel.removesuffix("_kernel")
+        assert used.registers <= counted[name] + 60, name
+        # A register or two more than three blocks of threads a multiprocessor leave room for.
+        assert used.spill_bytes <= 8, name
+
+
+if __name__ == "__main__":
+    lines = [f"{name} = {used.registers}" for name, used in sorted(report("sm_90").items())]
+    TABLE.write_text(
+        "# Registers of a thread on sm_90; see test_resources.py.\n\n[registers]\n" + "\n".join(lines) + "\n"
+    )
