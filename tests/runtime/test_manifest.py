@@ -14,6 +14,7 @@ from tvm_ternary.errors import ArtifactError, LayoutError
 from tvm_ternary.runtime.manifest import (
     DTYPES,
     FunctionInfo,
+    KernelInfo,
     LayerInfo,
     Manifest,
     ModelInfo,
@@ -41,6 +42,11 @@ LAYERS = st.builds(
     reason=st.none() | NAMES,
 )
 TVM = st.fixed_dictionaries({"kind": st.just("llvm"), "mattr": st.lists(NAMES, max_size=2)})
+ARCHS = st.lists(st.sampled_from(["sm_80", "sm_90", "sm_90a", "sm_120"]), min_size=1, max_size=3).map(tuple)
+FEATURES = st.lists(NAMES, max_size=3).map(tuple)
+TARGETS = st.builds(TargetInfo, NAMES, TVM, FEATURES) | st.builds(
+    TargetInfo, NAMES, TVM, FEATURES, st.just("cuda"), ARCHS, st.sampled_from([None, "sm_90"]), st.just("13.0")
+)
 MANIFESTS = st.builds(
     Manifest,
     model=st.builds(ModelInfo, NAMES, NAMES, NAMES),
@@ -50,10 +56,12 @@ MANIFESTS = st.builds(
     scheme=NAMES,
     layers=st.lists(LAYERS, max_size=3).map(tuple),
     functions=st.lists(st.builds(FunctionInfo, NAMES, st.none() | NAMES, NAMES), max_size=3).map(tuple),
-    target=st.builds(TargetInfo, NAMES, TVM, st.lists(NAMES, max_size=3).map(tuple)),
+    target=TARGETS,
     versions=st.dictionaries(NAMES, NAMES, max_size=3),
     weights=st.builds(WeightsInfo, NAMES, COUNTS, st.none() | st.just("model.safetensors"), st.lists(NAMES).map(tuple)),
     sizes=st.builds(SizesInfo, COUNTS, COUNTS),
+    kernels=st.lists(st.builds(KernelInfo, NAMES, NAMES, *[COUNTS] * 4), max_size=2).map(tuple),
+    graph=st.booleans(),
 )
 PLAIN = Manifest(
     model=ModelInfo("m", "m.onnx", "ab"),
@@ -67,6 +75,7 @@ PLAIN = Manifest(
     versions={"tvm_ternary": "0.1.0"},
     weights=WeightsInfo("cd", 12),
     sizes=SizesInfo(48, 12),
+    kernels=(KernelInfo("f_kernel", "sm_90", 64, 1024, 0, 0),),
 )
 
 
@@ -85,7 +94,7 @@ def test_the_text_is_canonical() -> None:
     document = json.loads(PLAIN.to_json())
     assert list(document) == sorted(document)
     assert document["format"] == "tvm-ternary"
-    assert document["version"] == 2
+    assert document["version"] == 3
     assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
     assert document["weights"] == {"sha256": "cd", "bytes": 12, "file": None, "names": []}
     assert document == PLAIN.to_dict()
@@ -109,7 +118,7 @@ def every_key(document: dict[str, Any]) -> list[tuple[str | int, ...]]:
     paths: list[tuple[str | int, ...]] = [(key,) for key in document]
     for key in ("model", "weights", "sizes", "target"):
         paths += [(key, inner) for inner in document[key]]
-    return paths + [(part, 0, key) for part in ("inputs", "layers") for key in document[part][0]]
+    return paths + [(part, 0, key) for part in ("inputs", "layers", "kernels") for key in document[part][0]]
 
 
 def parent(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:
@@ -125,7 +134,7 @@ def test_each_key_is_needed_and_has_its_kind(path: tuple[str | int, ...]) -> Non
     with pytest.raises(ArtifactError) as missing:
         Manifest.from_json(json.dumps(document))
     document = PLAIN.to_dict()
-    parent(document, path)[path[-1]] = True
+    parent(document, path)[path[-1]] = "yes" if path == ("graph",) else True
     with pytest.raises(ArtifactError) as wrong:
         Manifest.from_json(json.dumps(document))
     assert str(path[-1]) in str(missing.value)
@@ -139,11 +148,30 @@ def test_a_bound_is_a_number_of_at_least_one(most: object) -> None:
 
 
 def test_an_unknown_version_or_key_is_refused() -> None:
-    newer = {**PLAIN.to_dict(), "version": 3}
-    with pytest.raises(ArtifactError, match="has version 3; expected 2; compile the model again, or update"):
+    newer = {**PLAIN.to_dict(), "version": 4}
+    with pytest.raises(ArtifactError, match="has version 4; expected 3; compile the model again, or update"):
         Manifest.from_json(json.dumps(newer))
     with pytest.raises(ArtifactError, match="unknown key 'signature'"):
         Manifest.from_json(json.dumps({**PLAIN.to_dict(), "signature": ""}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "tpu"}, "device is 'tpu'; expected cpu or cuda"),
+        ({"device": "cuda"}, "device is cuda with GPU code for no GPU"),
+        ({"archs": ["sm_90"]}, "device is cpu with GPU code for sm_90"),
+        ({"device": "cuda", "archs": ["compute_90"], "cuda": "13.0"}, "arch is 'compute_90'; expected one such as"),
+        ({"device": "cuda", "archs": [90], "cuda": "13.0"}, r"manifest\.target\.archs is \[90\]; expected tuple"),
+        ({"device": "cuda", "ptx": "sm_9", "cuda": "13.0"}, "arch is 'sm_9'; expected one such as 'sm_90'"),
+        ({"device": "cuda", "archs": ["sm_90"]}, "cuda is None; expected a version such as '13.0'"),
+    ],
+)
+def test_a_target_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    document = PLAIN.to_dict()
+    document["target"].update(change)
+    with pytest.raises(ArtifactError, match=message):
+        Manifest.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize("file", ["../weights.safetensors", "/etc/passwd", "", ".."])

@@ -1,4 +1,4 @@
-"""What an artifact says about itself: a JSON document, version 1, read and written without loss.
+"""What an artifact says about itself: a JSON document, version 3, read and written without loss.
 
 It holds no time and no absolute path, so that the same input gives the same bytes.
 """
@@ -6,14 +6,15 @@ It holds no time and no absolute path, so that the same input gives the same byt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from tvm_ternary.errors import ArtifactError, LayoutError
+from tvm_ternary.runtime.reader import Reader
 
 FORMAT = "tvm-ternary"
-VERSION = 2
+VERSION = 3
 DTYPES = (
     "bool",
     "int8",
@@ -28,8 +29,9 @@ DTYPES = (
     "float32",
     "float64",
 )
-
-_T = TypeVar("_T")
+DEVICES = ("cpu", "cuda")
+# 90 is compute capability 9.0; an "a" at the end is code for no other capability than this one.
+_ARCH = re.compile("sm_[0-9]{2,3}a?")
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,79 @@ class FunctionInfo:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """The target's name, its TVM dictionary, and the CPU features the code needs (sorted, as in ``/proc/cpuinfo``)."""
+    """What the code was made for and asks of the host.
+
+    Parameters
+    ----------
+    name : str
+        As ``--target`` takes it.
+    tvm : dict
+        The TVM target.
+    features : tuple of str
+        CPU features the code needs, sorted, as in ``/proc/cpuinfo``.
+    device : str
+        Where the model runs: ``cpu`` or ``cuda``.
+    archs : tuple of str
+        GPU architectures that there is machine code for, such as ``sm_90``; empty on the CPU.
+    ptx : str or None
+        The architecture, ``sm_90``, whose PTX is inside as well: the driver compiles it for any later GPU.
+    cuda : str or None
+        Version of the nvcc that made the machine code, ``13.0``. The driver must know this major version.
+
+    Raises
+    ------
+    LayoutError
+        If the device is none of these, or machine code for GPUs is there on the CPU or missing on CUDA.
+    """
 
     name: str
     tvm: dict[str, Any] = field(hash=False)
     features: tuple[str, ...]
+    device: str = "cpu"
+    archs: tuple[str, ...] = ()
+    ptx: str | None = None
+    cuda: str | None = None
+
+    def __post_init__(self) -> None:
+        subject = f"target {self.name}"
+        if self.device not in DEVICES:
+            raise LayoutError(subject, f"device is {self.device!r}; expected {' or '.join(DEVICES)}")
+        named = [*self.archs, *([] if self.ptx is None else [self.ptx])]
+        for arch in named:
+            if not _ARCH.fullmatch(arch):
+                raise LayoutError(subject, f"arch is {arch!r}; expected one such as 'sm_90'")
+        if (self.device == "cuda") != bool(named):
+            raise LayoutError(subject, f"device is {self.device} with GPU code for {', '.join(named) or 'no GPU'}")
+        if self.device == "cuda" and not re.fullmatch("[0-9]+[.][0-9]+", self.cuda or ""):
+            raise LayoutError(subject, f"cuda is {self.cuda!r}; expected a version such as '13.0'")
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What one kernel takes of a GPU, as the assembler reports it: registers and bytes a thread, bytes a block.
+
+    Parameters
+    ----------
+    kernel : str
+        Its name in the machine code.
+    arch : str
+        Which machine code, such as ``sm_90``.
+    registers : int
+        32-bit registers of a thread.
+    shared_bytes : int
+        Shared memory of a block whose size is known when compiled.
+    local_bytes : int
+        Stack of a thread, which lies in device memory.
+    spill_bytes : int
+        Bytes that a thread stores for want of registers.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+    spill_bytes: int
 
 
 @dataclass(frozen=True)
@@ -176,7 +246,8 @@ class Manifest:
 
     ``bounds`` holds the largest value of a named dimension where the model sets one, by its table of positions for
     example; every named dimension is at least 1. ``versions`` maps a package (``tvm-ternary``, ``apache-tvm``,
-    ``apache-tvm-ffi``) to its version.
+    ``apache-tvm-ffi``) to its version. ``kernels`` has a row for every GPU kernel and architecture, none on the CPU.
+    ``graph`` says that a run is captured as a CUDA graph and launched as one from then on.
     """
 
     model: ModelInfo
@@ -190,6 +261,8 @@ class Manifest:
     versions: dict[str, str] = field(hash=False)
     weights: WeightsInfo
     sizes: SizesInfo
+    kernels: tuple[KernelInfo, ...] = ()
+    graph: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Give the document as plain dictionaries, lists and scalars."""
@@ -232,16 +305,20 @@ class Manifest:
                 "compile the model again, or update tvm-ternary",
             )
         body = {key: value for key, value in document.items() if key not in ("format", "version")}
-        return _manifest(_Reader(subject), body)
+        return _manifest(Reader(subject), body)
 
 
-def _manifest(reader: _Reader, body: dict[str, Any]) -> Manifest:
+def _manifest(reader: Reader, body: dict[str, Any]) -> Manifest:
     reader.check_keys(Manifest, body, "")
+    bounds: dict[str, int] = reader.value(dict, body, "bounds")
+    for name, most in bounds.items():
+        if type(most) is not int or most < 1:
+            raise reader.error(f"manifest.bounds.{name} is {most!r}; expected a number of at least 1")
     return Manifest(
         model=reader.one(ModelInfo, body, "model"),
         inputs=reader.many(TensorSpec, body, "inputs"),
         outputs=reader.many(TensorSpec, body, "outputs"),
-        bounds=reader.bounds(body),
+        bounds=bounds,
         scheme=reader.value(str, body, "scheme"),
         layers=reader.many(LayerInfo, body, "layers"),
         functions=reader.many(FunctionInfo, body, "functions"),
@@ -249,72 +326,6 @@ def _manifest(reader: _Reader, body: dict[str, Any]) -> Manifest:
         versions=reader.value(dict, body, "versions"),
         weights=reader.one(WeightsInfo, body, "weights"),
         sizes=reader.one(SizesInfo, body, "sizes"),
+        kernels=reader.many(KernelInfo, body, "kernels"),
+        graph=reader.value(bool, body, "graph"),
     )
-
-
-# The JSON value that a field's annotation admits. Annotations are text here, because of the __future__ import.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "str | None": (str, type(None)),
-    "float | None": (int, float, type(None)),
-    "dict[str, Any]": (dict,),
-    "tuple[int, ...]": (list,),
-    "tuple[str, ...]": (list,),
-    "tuple[int | str, ...]": (list,),
-}
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Turns JSON objects into the dataclasses above and names the key that is wrong."""
-
-    subject: str
-
-    def check_keys(self, kind: type, got: object, where: str) -> dict[str, Any]:
-        place = f"manifest.{where}" if where else "the manifest"
-        if not isinstance(got, dict):
-            raise self._error(f"{place} is {type(got).__name__}; expected an object")
-        names = {item.name for item in fields(kind)}
-        for missing in sorted(names - got.keys()):
-            raise self._error(f"{place} lacks {missing!r}")
-        for extra in sorted(got.keys() - names):
-            raise self._error(f"{place} has the unknown key {extra!r}")
-        return got
-
-    def value(self, kind: type[_T], body: Mapping[str, Any], key: str) -> _T:
-        got = body[key]
-        if not isinstance(got, kind):
-            raise self._error(f"manifest.{key} is {type(got).__name__}; expected {kind.__name__}")
-        return got
-
-    def bounds(self, body: Mapping[str, Any]) -> dict[str, int]:
-        found: dict[str, int] = self.value(dict, body, "bounds")
-        for name, most in found.items():
-            if type(most) is not int or most < 1:
-                raise self._error(f"manifest.bounds.{name} is {most!r}; expected a number of at least 1")
-        return found
-
-    def one(self, kind: type[_T], body: Mapping[str, Any], key: str) -> _T:
-        return self._build(kind, body[key], key)
-
-    def many(self, kind: type[_T], body: Mapping[str, Any], key: str) -> tuple[_T, ...]:
-        return tuple(self._build(kind, item, f"{key}[{i}]") for i, item in enumerate(self.value(list, body, key)))
-
-    def _build(self, kind: type[_T], got: object, where: str) -> _T:
-        found = self.check_keys(kind, got, where)
-        values: dict[str, Any] = {}
-        for item in fields(kind):  # type: ignore[arg-type]
-            value = found[item.name]
-            allowed = _KINDS[str(item.type)]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-                raise self._error(f"manifest.{where}.{item.name} is {type(value).__name__}; expected {item.type}")
-            values[item.name] = tuple(value) if isinstance(value, list) else value
-        try:
-            return kind(**values)
-        except LayoutError as error:
-            raise self._error(f"manifest.{where}: {error}") from error
-
-    def _error(self, problem: str) -> ArtifactError:
-        return ArtifactError(self.subject, problem, "compile the model again with this version of tvm-ternary")
