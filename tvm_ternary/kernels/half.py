@@ -74,4 +74,4 @@ def packed_half(x: npt.NDArray[np.float32], shape: MatmulShape) -> npt.NDArray[n
     for g in range(shape.groups):
         part = x[:, g * shape.group_size : (g + 1) * shape.group_size]
         out[:, g, : part.shape[1]] = part
-    return out.reshape(len(x), -1, 4)[:, :, list(SWAPPED)].reshape(len(x), -1)
+    return out.reshape(-1, 4)[:, list(SWAPPED)].reshape(len(x), shape.groups * width)

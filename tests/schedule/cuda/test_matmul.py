@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pytest
 import tvm
 
+from tests.cuda_emulator import Out, Worker
 from tests.cuda_matmul import Layer
 from tests.ternary_matmul import gamma, rows_of
 from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor, pack_planes
-from tvm_ternary.kernels.activations import reference_int8_rows
+from tvm_ternary.kernels.activations import reference_int8_rows, reference_ternary_rows
 from tvm_ternary.kernels.float32 import reference_a32
 from tvm_ternary.kernels.half import packed_half, reference_half_rows
 from tvm_ternary.kernels.int8 import reference_a8_accumulators
@@ -26,8 +27,10 @@ from tvm_ternary.kernels.matmul import Epilogue, define_matmul
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.quantize import quantize
+from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.cuda.matmul import matmul_function
 from tvm_ternary.schedule.cuda.variant import CudaVariant
+from tvm_ternary.target import resolve
 
 FEW = CudaVariant(8, 32, 1, 4, 3)
 MANY = CudaVariant(32, 32, 2, 2, 3, shared=True)
@@ -180,3 +183,30 @@ def test_only_the_variant_for_a_known_number_of_rows_is_built() -> None:
     for rows, threads in ((8, 128), (9, 128)):
         function = matmul_function(kernel_for(8).matmul, MatmulShape(64, 128, 1, 1, 128), variants, rows=rows)
         assert function.script().count(f'T.launch_thread("threadIdx.x", {threads})') == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_rows_through_the_host_code(gpu: Worker, kind: str) -> None:
+    """Rows prepared and multiplied as TVM's host code launches them: none, few, many; the variants of the files."""
+    rng = np.random.default_rng(4)
+    n, k = 70, 300
+    weight = quantize(rng.standard_normal((n, k)).astype(np.float32), f"t2{kind}g128")
+    layer = dispatch.Layer(MatmulShape.of(weight), *KINDS[kind][:1], bfloat=KINDS[kind][1])
+    target = resolve("cuda-sm_90")
+    matmul, source = dispatch.matmul_of(layer, target, epilogue=Epilogue(bias=True))
+    assert source == f"rule:cuda-sm_90/matmul_{kind}.toml"
+    rows, kernel, bias = dispatch.rows_of(layer, target), layer.kernel.matmul, rng.standard_normal(n).astype(np.float32)
+    for m in (0, 1, 9, 40):
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        made = [np.zeros(o.shape(layer.shape, m), getattr(ml_dtypes, o.dtype, o.dtype)) for o in kernel.activations]
+        y = np.full((m, n), np.nan, np.float32)
+        gpu.run(rows, x, *map(Out, made), target=target.tvm)
+        gpu.run(matmul, *made, *layer.kernel.pack(weight).values(), bias, Out(y), target=target.tvm)
+        assert gpu.counters["launches"] == (1 if m else 0)
+        _, exact = activations(kind, x, weight) if kind != "a1" else (None, _of_trits(x))
+        np.testing.assert_allclose(y, reference_a32(exact, weight) + bias, rtol=1e-5, atol=1e-4)
+
+
+def _of_trits(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    trits, scale = reference_ternary_rows(x) if len(x) else (x, np.zeros(0))
+    return trits * scale[:, None]
