@@ -187,7 +187,18 @@ byte_of = Device(
 load_word = Device("tt_load_word", "const void* from", "  return *(const unsigned*)from;", result="uint32")
 
 
-and_or = Device("tt_and_or", "unsigned a, unsigned mask, unsigned set", "  return (a & mask) | set;", result="uint32")
+# Left to itself the compiler takes two instructions, since one can hold but one constant.
+and_or = Device(
+    "tt_and_or",
+    "unsigned a, unsigned mask, unsigned set",
+    r"""
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(set));
+  return result;
+""",
+    "  return (a & mask) | set;",
+    "uint32",
+)
 
 
 def _fma(name: str, kind: str, meaning: str) -> Device:

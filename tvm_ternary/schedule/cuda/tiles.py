@@ -166,7 +166,8 @@ def estimate(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: Cud
     # Tensor cores by mma: 2048 products of int8 a cycle, half as many of 16 bits.
     multiply = v.rows * width * per_step / (2048 if operands.word_registers == 4 else 1024)
     weights = width * per_step * shape.planes / 4
-    activations = v.rows * per_step * operands.row_bytes / (operands.blocks * kernel.block)
+    activations = min(rows, v.rows) * per_step * operands.row_bytes / (operands.blocks * kernel.block)
+    activations *= 1 if v.shared else v.warps_n
     # The second-level cache gives a multiprocessor about 40 bytes a cycle, memory its share of the bandwidth.
     moved = (weights + activations) / 40
     step = max(multiply, moved, v.threads // WARP * _instructions(operands, v) / 4)
