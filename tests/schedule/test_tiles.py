@@ -12,7 +12,7 @@ from tvm_ternary.kernels.shape import Tile, Variant
 from tvm_ternary.kernels.table import EVERY_KERNEL, kernel_for
 from tvm_ternary.schedule import tiles
 from tvm_ternary.schedule.tiles import load_tiles
-from tvm_ternary.target import TIERS
+from tvm_ternary.target import CUDA_ARCHS, TIERS
 
 NAMES = [kernel_for(*key).matmul.name for key in EVERY_KERNEL]
 EXPECTED = "expected [[variant]] tables with rows, blocks, perhaps panel and tiles; max_rows in all but the last"
@@ -51,7 +51,8 @@ def test_every_kernel_has_tiles_for_every_tier(name: str, tier: str) -> None:
 def test_no_file_is_for_a_kernel_or_tier_that_does_not_exist() -> None:
     root = next(folder for folder in tiles._FOLDERS if folder.is_dir())
     files = {path.relative_to(root).as_posix() for path in root.rglob("*.toml")}
-    assert files <= {f"{tier}/{name}.toml" for tier in TIERS for name in NAMES}
+    cuda = {f"cuda-{arch}/matmul_{kind}.toml" for arch in CUDA_ARCHS for kind in ("a16", "abf16", "a8", "a1")}
+    assert files <= {f"{tier}/{name}.toml" for tier in TIERS for name in NAMES} | cuda
 
 
 def test_a_file_is_read_as_it_is_written(folder: Path) -> None:
