@@ -8,7 +8,8 @@ from typing import Any
 
 import tvm_ternary
 from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, print_json, size_or_name
-from tvm_ternary.target import target_names
+from tvm_ternary.target.cpu import cpu_names
+from tvm_ternary.target.cuda import cuda_names
 
 _DESCRIPTION = f"""\
 Compile an ONNX model to one shared library whose matrices are ternary: each is a sum of one to four matrices of
@@ -16,8 +17,11 @@ Compile an ONNX model to one shared library whose matrices are ternary: each is 
 stayed float.
 
 schemes   t3a8g64: 3 trit planes (t1 to t4: more are nearer to the float weights, larger and slower), int8 activations
-          (a8; a32: float32, a1: ternary), a scale for every 64 weights (g64; nothing: one a row; pt: one a matrix)
-targets   {", ".join(target_names())}, or a TVM target as JSON; native is this CPU
+          (a8; a32: float32, on CPUs; a16, abf16: float16, bfloat16, on GPUs; a1: ternary), a scale for every 64 weights
+          (g64; nothing: one a row; pt: one a matrix)
+targets   native (this CPU), {", ".join(cpu_names())};
+          GPUs: {", ".join(cuda_names())}, several as
+          cuda-sm_80+sm_90 (nvcc is needed, a GPU is not); or a TVM target as JSON
 methods   absmax, absmean, meanstd, percentile, twn: how one plane is fitted
 """
 _PACKING = (
@@ -31,6 +35,7 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --scheme t1a8g128 --dim batch=1
   tvm-ternary compile model.onnx -o model.so --layers ffn --layers 'query|key=t4a8g64'
   tvm-ternary compile model.onnx -o model.so --target x86-64-v3 --weights beside
+  tvm-ternary compile model.onnx -o model.so --target cuda-sm_90 --scheme t2a16g64 --dim batch=1 --dim sequence=128
   tvm-ternary compile model.onnx -o model.so --tuning-log my-tuning
   tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
 """
