@@ -18,7 +18,7 @@ from tvm_ternary.target import resolve
 from .conftest import ROOT
 
 # The runtime half: what `import tvm_ternary; tvm_ternary.load(...)` may need of this package.
-OURS = ("__init__.py", "errors.py", "target.py", "runtime")
+OURS = ("__init__.py", "errors.py", "target", "runtime")
 # -I -S: no environment variable, no site-packages, no current folder.
 ISOLATED = [sys.executable, "-I", "-S", "-c"]
 PRELUDE = """

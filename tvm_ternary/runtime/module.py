@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -15,17 +16,19 @@ import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
 from tvm_ternary.runtime.artifact import Artifact, read_artifact
+from tvm_ternary.runtime.cuda import check_device
+from tvm_ternary.runtime.device import Device, choose_device
+from tvm_ternary.runtime.driver import read_devices
 from tvm_ternary.runtime.inputs import check_inputs, check_outputs
-from tvm_ternary.runtime.library import load_runtime
+from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import Manifest, TensorSpec
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
 from tvm_ternary.runtime.weights import read_weights
 from tvm_ternary.target import host_features
 
-# Arguments of the virtual machine's initialisation: device type and number as in DLPack, and the allocator that keeps
-# freed buffers for the next run.
-_CPU = (1, 0)
+# The virtual machine's allocator that keeps freed buffers for the next run.
 _POOLED = 2
+_DEFAULT_STREAM = 0
 # TVM's pool keeps freed buffers by their exact size and never lets go; a model that is fed one length after another
 # would grow without bound. After this many different shapes the pool is emptied.
 _SHAPES_KEPT = 16
@@ -49,46 +52,59 @@ class Timing:
     runs: tuple[float, ...]
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Module:
+def load(path: str | os.PathLike[str], device: str | None = None, threads: int | None = None) -> Module:
     """Load an artifact that `tvm_ternary.compile` made. Neither ``tvm`` nor a compiler is needed.
 
     Parameters
     ----------
     path : path
         The ``.so``. Weights that lie beside it are found by the name in its manifest.
-    device : str
-        ``cpu``.
+    device : str, optional
+        ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``. None: the CPU or the first GPU, as it was compiled.
     threads : int, optional
-        How many threads compute. None: see `tvm_ternary.runtime.threads.thread_count`.
+        How many threads compute on the CPU. None: see `tvm_ternary.runtime.threads.thread_count`. For a GPU one is
+        enough, which is then what None stands for.
 
     Raises
     ------
     ArtifactError
         If the file, or its weights, are missing, truncated, altered or not ours.
     HostError
-        If this host lacks a CPU feature that the code needs, the device, or TVM's runtime library.
+        If this host lacks a CPU feature that the code needs, the device, a driver for it, enough of its memory, or a
+        runtime library; or the artifact has no code for the device.
     OptionError
-        If ``threads`` is no such number.
+        If ``threads`` is no such number, or ``device`` no such name.
     """
-    if device != "cpu":
-        raise HostError(f"device {device!r}", "not in this version; expected 'cpu'")
-    count = thread_count(threads)
+    if threads is not None:
+        thread_count(threads)
     artifact = read_artifact(path)
-    _check_host(artifact)
-    return Module(artifact, load_runtime(artifact.path.parent), count)
+    chosen = choose_device(device, artifact.manifest.target, os.fspath(path))
+    _check_host(artifact, chosen)
+    count = 1 if threads is None and chosen.kind == "cuda" else thread_count(threads)
+    folder = artifact.path.parent
+    tvm_ffi = load_runtime(folder)
+    if chosen.kind == "cuda":
+        load_cuda_runtime(folder)
+    return Module(artifact, tvm_ffi, chosen, count)
 
 
 class Module:
     """A model that is ready to run. Made by `load`.
 
     Runs are put one after another, so a module may be shared among threads; to run in parallel, load it once for each.
-    After a fork the child may go on using it, if no run was under way.
+    After a fork the child may go on using it on the CPU, if no run was under way; CUDA does not work in the child.
     """
 
-    def __init__(self, artifact: Artifact, tvm_ffi: Any, threads: int) -> None:
+    def __init__(self, artifact: Artifact, tvm_ffi: Any, device: Device, threads: int) -> None:
         self._artifact = artifact
         self._tvm_ffi = tvm_ffi
+        self._device = device
+        self._process = os.getpid()
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self._write = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+        self._read = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        self._synchronize = tvm_ffi.get_global_func("runtime.Device_StreamSync")
+        self._place = tvm_ffi.device(device.kind, device.number)
         self._release_pool = tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")
         self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
         self._thread = ComputeThread(tvm_ffi, threads)
@@ -110,8 +126,13 @@ class Module:
         return self.manifest.outputs
 
     @property
+    def device(self) -> str:
+        """Where it runs: ``cpu`` or ``cuda:N``."""
+        return str(self._device)
+
+    @property
     def threads(self) -> int:
-        """How many threads compute."""
+        """How many threads of the CPU compute."""
         return self._thread.count
 
     def __repr__(self) -> str:
@@ -137,13 +158,18 @@ class Module:
         ------
         InputError
             If a name, dtype or shape is not as declared, or the model itself refuses the values.
+        HostError
+            If the GPU runs out of memory or fails, or this process is a fork of the one that loaded the module to it.
         """
+        self._check_process()
         wanted = check_outputs(self.outputs, output_names)
         arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
         return self._thread.call(self._run, arrays, wanted)
 
     def time(self, inputs: Mapping[str, npt.ArrayLike], repeat: int = 10, number: int = 1) -> Timing:
         """Measure how long the model takes, without the copying of inputs and outputs, after one run to warm up.
+
+        On a GPU each measurement ends when the GPU is done.
 
         Parameters
         ----------
@@ -156,11 +182,12 @@ class Module:
 
         Raises
         ------
-        InputError
+        InputError, HostError
             As for `run`.
         OptionError
             If ``repeat`` or ``number`` is below 1.
         """
+        self._check_process()
         for name, value in (("repeat", repeat), ("number", number)):
             if value < 1:
                 raise OptionError(name, f"is {value}; expected at least 1")
@@ -169,25 +196,36 @@ class Module:
         p20, median, p80 = (float(value) for value in np.percentile(runs, (20, 50, 80)))
         return Timing(median, p20, p80, tuple(runs))
 
+    def _check_process(self) -> None:
+        if self._device.kind == "cuda" and self._process != os.getpid():
+            problem = "was used before this process was forked; CUDA does not work in the child"
+            raise HostError(f"device {self._device}", problem, "load the module in the child, started by spawn")
+
     # What follows runs on the compute thread only.
 
     def _open(self) -> tuple[Callable[..., Any], list[Any]]:
         try:
             library = self._tvm_ffi.load_module(_spelling(self._artifact.path))
             machine = library["vm_load_executable"]()
-            machine["vm_initialization"](*_CPU, _POOLED)
+            # Constants go to the first device. Shapes are computed on the CPU, which comes last.
+            devices = dict.fromkeys((self._device, Device("cpu")))
+            machine["vm_initialization"](
+                *(argument for device in devices for argument in (device.dlpack_type, device.number, _POOLED))
+            )
             main = machine["main"]
         except (RuntimeError, AttributeError, ValueError) as error:
+            if failure := self._device_failure(error):
+                raise failure from error
             problem = f"cannot be loaded by TVM's runtime ({_first_line(error)})"
             raise ArtifactError(str(self._artifact.path), problem, self._versions()) from error
         info = self.manifest.weights
         arrays = read_weights(self._artifact.path.parent, info) if info.file is not None else ()
-        return main, [self._tensor(array) for array in arrays]
+        return main, self._upload(arrays)
 
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
         results = self._call(self._tensors(arrays))
         # Copied, because a result may share memory with an input, a weight or another result.
-        return [np.array(np.from_dlpack(results[index])) for index in wanted]
+        return [self._array(results[index]) for index in wanted]
 
     def _time(self, arrays: list[npt.NDArray[Any]], repeat: int, number: int) -> list[float]:
         tensors = self._tensors(arrays)
@@ -197,13 +235,18 @@ class Module:
             start = time.perf_counter()
             for _ in range(number):
                 self._main(*tensors)
+            self._synchronize(self._place, _DEFAULT_STREAM)
             runs.append((time.perf_counter() - start) / number)
         return runs
 
     def _call(self, tensors: list[Any]) -> list[Any]:
         try:
             result = self._main(*tensors)
+            # Kernels run after the call has returned, and so does what they do wrong.
+            self._synchronize(self._place, _DEFAULT_STREAM)
         except Exception as error:
+            if failure := self._device_failure(error):
+                raise failure from error
             hint = "check the shapes against what the model allows, its longest length for one"
             raise InputError(
                 f"model {self.manifest.model.name}", f"refused the inputs ({_first_line(error)})", hint
@@ -219,14 +262,40 @@ class Module:
                 self._shapes_seen.clear()
                 self._release_pool()
             self._shapes_seen.add(shapes)
-        return [*(self._tensor(array) for array in arrays), *self._weights]
+        return [*self._upload(arrays), *self._weights]
+
+    def _upload(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
+        try:
+            return [self._tensor(array) for array in arrays]
+        except RuntimeError as error:
+            if failure := self._device_failure(error):
+                raise failure from error
+            raise
 
     def _tensor(self, array: npt.NDArray[Any]) -> Any:
         """Copy to memory of TVM's own: compiled code takes 64-byte alignment and compact strides for granted."""
         ffi = self._tvm_ffi
-        tensor = self._allocate(ffi.Shape(array.shape), ffi.dtype(array.dtype.name), ffi.device("cpu", 0), None)
-        np.from_dlpack(tensor)[...] = array
+        source = np.ascontiguousarray(array)
+        tensor = self._allocate(ffi.Shape(array.shape), ffi.dtype(array.dtype.name), self._place, None)
+        self._write(tensor, ctypes.c_void_p(source.ctypes.data), source.nbytes)
         return tensor
+
+    def _array(self, tensor: Any) -> npt.NDArray[Any]:
+        """Copy to memory of numpy's own."""
+        array: npt.NDArray[Any] = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        return array
+
+    def _device_failure(self, error: Exception) -> HostError | None:
+        """Give the error for what went wrong on the GPU rather than in the model."""
+        text = _first_line(error)
+        if self._device.kind != "cuda" or "CUDA" not in f"{type(error).__name__} {text}":
+            return None
+        if "out of memory" in text or "MEMORY_ALLOCATION" in text:
+            hint = "use smaller inputs, or free some of its memory"
+            return HostError(f"device {self._device}", f"ran out of memory ({text})", hint)
+        hint = "check nvidia-smi and start again: after an error CUDA does not work in this process"
+        return HostError(f"device {self._device}", f"failed ({text})", hint)
 
     def _versions(self) -> str:
         built = ", ".join(f"{name} {version}" for name, version in sorted(self.manifest.versions.items()))
@@ -249,7 +318,7 @@ def _spelling(path: Path) -> str:
     return f"{path.absolute().parent}/{'./' * files.index(inode)}{path.name}"
 
 
-def _check_host(artifact: Artifact) -> None:
+def _check_host(artifact: Artifact, device: Device) -> None:
     subject = str(artifact.path)
     if artifact.architecture != platform.machine():
         problem = f"is built for {artifact.architecture}; this host is {platform.machine()}"
@@ -259,6 +328,8 @@ def _check_host(artifact: Artifact) -> None:
     if missing:
         problem = f"is built for target {artifact.manifest.target.name}; this CPU lacks {', '.join(missing)}"
         raise HostError(subject, problem, "compile the model with --target native on this host")
+    if device.kind == "cuda":
+        check_device(read_devices(device.number), artifact.manifest, device.number, subject)
 
 
 def _first_line(error: Exception) -> str:

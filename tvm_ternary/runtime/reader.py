@@ -73,7 +73,7 @@ class Reader:
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise self.error(f"manifest.{where}.{item.name} is {type(value).__name__}; expected {item.type}")
             element = _ELEMENTS.get(str(item.type))
-            if element and not all(type(part) is element for part in value):
+            if element and any(type(part) is not element for part in found[item.name]):
                 raise self.error(f"manifest.{where}.{item.name} is {value}; expected {item.type}")
             values[item.name] = tuple(value) if isinstance(value, list) else value
         try:
