@@ -196,14 +196,26 @@ def ternary_weights(
     return params, {name: quantize(params[name].T, own) for name, own in schemes.items()}, schemes
 
 
+class Reference:
+    """A model in onnxruntime, optimised no more than keeps numbers."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, feeds: Feeds) -> list[Array]:
+        """Outputs. Feeds that are no inputs are left out."""
+        return list(self._session.run(None, {value.name: feeds[value.name] for value in self._session.get_inputs()}))
+
+
 def run_onnxruntime(model: onnx.ModelProto, feeds: Feeds) -> list[Array]:
-    """Outputs by onnxruntime, optimised no more than keeps numbers. Feeds that are no inputs are left out."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
+    """Outputs of a `Reference` that is needed once."""
+    return Reference(model).run(feeds)
 
 
 def relative_error(got: Array, want: Array) -> float:

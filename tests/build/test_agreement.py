@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from tests.models import gpt2, llama, mlp
 from tests.reference import (
+    Reference,
     relative_error,
-    run_onnxruntime,
     ternary_weights,
     with_rounded_activations,
     with_weights,
@@ -127,11 +127,11 @@ class Compared:
         self.dense = {name: weight.dequantize().T for name, weight in ternary.items()}
         self.module = load(compile(path, folder / "model.so", scheme=scheme, **options).path, threads=1)
         self.matrices = sum(layer.became == "ternary" for layer in self.module.manifest.layers)
-        self.weights_only = with_weights(self.proto, self.params, self.dense)
+        self.weights_only = Reference(with_weights(self.proto, self.params, self.dense))
 
-    def rounded(self) -> onnx.ModelProto:
+    def rounded(self) -> Reference:
         """The reference whose activations are rounded too."""
-        return with_rounded_activations(self.proto, self.params, self.dense, self.schemes)
+        return Reference(with_rounded_activations(self.proto, self.params, self.dense, self.schemes))
 
     def run(self, feeds: Feeds) -> list[np.ndarray]:
         return self.module.run(None, {spec.name: feeds[spec.name] for spec in self.module.inputs})
@@ -157,7 +157,7 @@ def test_float_activations_agree_to_rounding(name: str, models: Path, tmp_path: 
     compared = Compared(case.source, case.scheme, case.options, models, tmp_path)
     assert compared.matrices == len(compared.dense) == case.matrices
     for feeds in case.feeds():
-        assert max(errors(compared.run(feeds), run_onnxruntime(compared.weights_only, feeds))) <= FLOAT_ERROR
+        assert max(errors(compared.run(feeds), compared.weights_only.run(feeds))) <= FLOAT_ERROR
 
 
 def assert_rounds_as_the_reference(compared: Compared, inputs: list[Feeds]) -> None:
@@ -173,8 +173,8 @@ def assert_rounds_as_the_reference(compared: Compared, inputs: list[Feeds]) -> N
     rounded = compared.rounded()
     same, ours, ideal = [], [], []
     for feeds in inputs:
-        got, want = compared.run(feeds), run_onnxruntime(rounded, feeds)
-        exact = run_onnxruntime(compared.weights_only, feeds)
+        got, want = compared.run(feeds), rounded.run(feeds)
+        exact = compared.weights_only.run(feeds)
         apart, moved = errors(got, want), errors(want, exact)
         assert all(distance <= most for distance, most in zip(apart, moved, strict=True))
         same.append(max(apart) <= SAME_ROUNDING)
@@ -224,4 +224,4 @@ def test_int8_activations_move_the_demo_model_by_no_more_than_rounding_must(
     inputs = list(sentences(models))
     assert_rounds_as_the_reference(compared, inputs)
     batch = inputs[-1]
-    assert max(errors(compared.run(batch), run_onnxruntime(compared.weights_only, batch))) <= ROUNDING_ERROR
+    assert max(errors(compared.run(batch), compared.weights_only.run(batch))) <= ROUNDING_ERROR
