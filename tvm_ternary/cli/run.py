@@ -28,6 +28,7 @@ Run a compiled model. An input that is not given is random within its declared s
 _EXAMPLES = """\
   tvm-ternary run model.so
   tvm-ternary run model.so --dim batch=1 --dim length=128 --repeat 50 --threads 1
+  tvm-ternary run model.so --device cuda:1 --repeat 100
   tvm-ternary run model.so --input input_ids=ids.npy --input attention_mask=mask.npy --output results
 """
 
@@ -45,6 +46,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
     parser.add_argument("--output", metavar="DIR", help="write every output there as NAME.npy")
     parser.add_argument("--repeat", metavar="N", type=int, help="time N runs, after one to warm up")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda (the first GPU) or cuda:N (default: what the model is compiled for)",
+    )
     parser.add_argument("--threads", metavar="N", type=int, help="threads that compute (default: one a core)")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from tvm_ternary.runtime.module import load
     from tvm_ternary.runtime.sample import random_inputs
 
-    module = load(args.library, threads=args.threads)
+    module = load(args.library, args.device, args.threads)
     given = {name: _read_array(name, file) for name, file in files.items()}
     sizes = _dimensions(module.inputs, given, dims)
     inputs = {**random_inputs(module.inputs, sizes, args.seed, module.manifest.bounds), **given}
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     stats = [array_stats(name, array) for name, array in zip(names, outputs, strict=True)]
     if args.json:
         document = {
+            "device": module.device,
             "threads": module.threads,
             "inputs": [{"name": name, "dtype": a.dtype.name, "shape": a.shape} for name, a in inputs.items()],
             "outputs": [asdict(item) for item in stats],

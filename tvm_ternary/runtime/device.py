@@ -64,5 +64,5 @@ def choose_device(name: str | None, target: TargetInfo, subject: str) -> Device:
     if device.kind != target.device:
         other = "for a GPU, such as cuda-sm_90" if device.kind == "cuda" else "for a CPU, such as native"
         problem = f"is compiled for target {target.name}, which runs on {target.device}, not on {device}"
-        raise HostError(subject, problem, f"leave --device out, or compile the model with a --target {other}")
+        raise HostError(subject, problem, f"leave the device out, or compile the model with a --target {other}")
     return device

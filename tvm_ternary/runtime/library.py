@@ -97,15 +97,16 @@ def load_cuda_runtime(beside: Path) -> None:
         if tvm_ffi.get_global_func(_LANDMARK_CUDA, allow_missing=True) is not None:
             return
         path = find_runtime_cuda(beside)
-        # By its name from then on: the library below asks the dynamic linker for it.
-        _load(find_cudart(beside), _HINT_CUDART)
+        # TVM's asks the dynamic linker for it by name, and is given the one that is there (``import torch`` did it).
+        if not _in_process(CUDART):
+            _load(find_cudart(beside), _HINT_CUDART)
         _load(path, _HINT_CUDA)
         if tvm_ffi.get_global_func(_LANDMARK_CUDA, allow_missing=True) is None:
             raise HostError(str(path), "is no TVM runtime for CUDA", _HINT_CUDA)
 
 
-def find_runtime(beside: Path) -> Path | str:
-    """Give the library that `load_runtime` would load: a path, or the bare name for the dynamic linker to find.
+def find_runtime(beside: Path) -> Path:
+    """Give the library that `load_runtime` would load.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def find_runtime(beside: Path) -> Path | str:
     return _find(LIBRARY, VARIABLE, _tvm_folders(beside)) or _missing(LIBRARY, "TVM's runtime library", _HINT)
 
 
-def find_runtime_cuda(beside: Path) -> Path | str:
+def find_runtime_cuda(beside: Path) -> Path:
     """Give the TVM library for CUDA that `load_cuda_runtime` would load, as `find_runtime` does.
 
     Raises
@@ -130,20 +131,24 @@ def find_runtime_cuda(beside: Path) -> Path | str:
 def find_cudart(beside: Path) -> Path | str:
     """Give CUDA's runtime library: a path, or the bare name for the dynamic linker to find.
 
-    The first of these is taken: one that is loaded already (``import torch`` did it); the file that the environment
-    variable ``TVM_TERNARY_CUDART`` names; one in ``beside``; one that ``LD_LIBRARY_PATH`` leads to; that of the package
-    nvidia-cuda-runtime; one in ``/usr/local/cuda``; one that the dynamic linker finds by itself.
+    The first of these is taken: the file that the environment variable ``TVM_TERNARY_CUDART`` names; one in
+    ``beside``; one that ``LD_LIBRARY_PATH`` leads to; that of the package nvidia-cuda-runtime; one in
+    ``/usr/local/cuda``; one that the dynamic linker finds by itself.
 
     Raises
     ------
     HostError
         If ``TVM_TERNARY_CUDART`` names no file.
     """
+    return _find(CUDART, VARIABLE_CUDART, _cuda_folders(beside)) or CUDART
+
+
+def _in_process(library: str) -> bool:
     try:
-        ctypes.CDLL(CUDART, os.RTLD_NOLOAD | os.RTLD_LAZY)
+        ctypes.CDLL(library, os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
-        return _find(CUDART, VARIABLE_CUDART, _cuda_folders(beside)) or CUDART
-    return CUDART
+        return False
+    return True
 
 
 def _load(path: Path | str, hint: str) -> None:
@@ -154,7 +159,7 @@ def _load(path: Path | str, hint: str) -> None:
         raise HostError(str(path), f"cannot be loaded ({error})", hint) from error
 
 
-def _find(library: str, variable: str, folders: Iterator[Path]) -> Path | str | None:
+def _find(library: str, variable: str, folders: Iterator[Path]) -> Path | None:
     named = os.environ.get(variable)
     if named is not None:
         if not Path(named).is_file():
@@ -163,7 +168,7 @@ def _find(library: str, variable: str, folders: Iterator[Path]) -> Path | str | 
     for folder in folders:
         if (folder / library).is_file():
             return (folder / library).resolve()
-    return library if any((folder / library).is_file() for folder in _linker_folders()) else None
+    return None
 
 
 def _missing(library: str, what: str, hint: str) -> NoReturn:
@@ -174,6 +179,7 @@ def _tvm_folders(beside: Path) -> Iterator[Path]:
     yield from (folder / "lib" for folder in _package_folders("tvm"))
     yield beside
     yield Path(__file__).parent
+    yield from _linker_folders()
 
 
 def _cuda_folders(beside: Path) -> Iterator[Path]:
