@@ -21,7 +21,11 @@ _CHUNK = 1 << 24
 
 
 def build_artifact(
-    executable: VMExecutable, manifest: Manifest, output: Path, weights: Mapping[str, npt.NDArray[Any]] | None = None
+    executable: VMExecutable,
+    manifest: Manifest,
+    output: Path,
+    weights: Mapping[str, npt.NDArray[Any]] | None = None,
+    fatbin: bytes | None = None,
 ) -> Path:
     """Link an executable and write it with its manifest, whole or not at all.
 
@@ -37,6 +41,9 @@ def build_artifact(
     weights : mapping of str to array, optional
         The parameters of ``main`` after the inputs, in order. None: the weights are constants of the executable.
 
+    fatbin : bytes, optional
+        Machine code of the kernels, in the place of their source: `tvm_ternary.build.nvcc.CudaCode.fatbin`.
+
     Returns
     -------
     Path
@@ -51,7 +58,7 @@ def build_artifact(
     """
     beside = None if weights is None else weights_path(output)
     with atomic_path(output) as library:
-        link(executable, manifest.target.tvm, library)
+        link(executable, manifest.target.tvm, library, fatbin)
         if weights is None or beside is None:
             append_manifest(library, manifest)
             return output

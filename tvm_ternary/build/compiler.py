@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -17,19 +17,29 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.build.artifact import build_artifact
-from tvm_ternary.build.executable import build_executable
+from tvm_ternary.build.executable import build_executable, cuda_source
+from tvm_ternary.build.nvcc import CudaCode, Nvcc, compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
-from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
+from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
 from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
 from tvm_ternary.runtime.artifact import read_artifact
-from tvm_ternary.runtime.manifest import FunctionInfo, LayerInfo, Manifest, ModelInfo, SizesInfo, TargetInfo
+from tvm_ternary.runtime.manifest import (
+    FunctionInfo,
+    KernelInfo,
+    LayerInfo,
+    Manifest,
+    ModelInfo,
+    SizesInfo,
+    TargetInfo,
+)
 from tvm_ternary.schedule.records import open_logs
 from tvm_ternary.target import Target, resolve
 
@@ -87,6 +97,7 @@ def compile(
         The ``.so`` to write; it appears whole or not at all.
     target : str or mapping
         A name that `tvm_ternary.target.target_names` lists, ``native`` for this host, or a TVM target dictionary.
+        ``cuda-sm_90`` compiles for a GPU; nvcc is needed for that, a GPU is not.
     scheme : str
         ``t{planes}a{activation bits}`` and the scales' granularity: ``g64`` for groups of 64, ``pt`` for one a matrix,
         nothing for one a row. ``t3a8g64`` is three trit planes, int8 activations, groups of 64.
@@ -122,12 +133,13 @@ def compile(
     OptionError
         If an option names something that does not exist; the message lists what does.
     HostError
-        If there is no linker.
+        If there is no linker, or no nvcc for the target's architectures.
     OutputError
         If a file cannot be written.
     """
     stages = _Stages(progress)
     resolved = resolve(target)
+    nvcc = find_nvcc(resolved.archs) if resolved.kind == "cuda" else None
     weights_lie_beside(0, weights)
     source, destination = Path(model), Path(output)
     require_writable(destination)
@@ -142,6 +154,8 @@ def compile(
         plan = make_plan(
             {name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers, packing
         )
+        for chosen in (row.scheme for row in plan if row.scheme is not None):
+            require_device(chosen.activation_bits, resolved.kind, packing)
     with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
         quantized, errors = _quantize(imported.params, plan, method, packing, step)
     with stages.stage("lower"):
@@ -150,12 +164,23 @@ def compile(
         size += sum(_bytes(table) for table in imported.tables.values())
         beside = weights_lie_beside(size, weights)
         lowered = lower(imported, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
+    graph = resolved.kind == "cuda" and is_static(lowered.module)
     with stages.stage("build"):
-        executable = build_executable(lowered.module, resolved.tvm)
+        executable = build_executable(lowered.module, resolved.tvm, cuda_graph=graph)
+    cuda = None
+    # A model that only moves its inputs has no kernel.
+    if nvcc is not None and (code := cuda_source(executable)) is not None:
+        with stages.stage("nvcc"):
+            cuda = compile_fatbin(code, resolved.archs, nvcc)
     with stages.stage("link"):
         params = lowered.ternary.params
         manifest = _manifest(imported, source, plan, quantized, errors, lowered, resolved, scheme)
-        path = build_artifact(executable, manifest, destination, params if beside else None)
+        if nvcc is not None:
+            manifest = replace(
+                manifest, target=_cuda_info(resolved, nvcc, cuda), kernels=_kernel_info(cuda), graph=graph
+            )
+        fatbin = cuda.fatbin if cuda is not None else None
+        path = build_artifact(executable, manifest, destination, params if beside else None, fatbin)
         # Read back, which checks the file and brings what was filled in while it was written.
         manifest = read_artifact(path).manifest
     return Artifact(path, manifest, stages.seconds, tuple(note for log in logs for note in log.notes))
@@ -175,7 +200,7 @@ def _quantize(
             continue
         dense = params[row.name].T
         weight = quantize(dense, row.scheme, method, name=row.name)
-        layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits, packing)
+        layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits, packing, row.scheme.bfloat)
         errors[row.name] = quantization_error(dense, weight)
         step()
     return layers, errors
@@ -215,6 +240,24 @@ def _manifest(
         weights=describe_weights(params),
         sizes=SizesInfo(before, after),
     )
+
+
+def _cuda_info(target: Target, nvcc: Nvcc, code: CudaCode | None) -> TargetInfo:
+    """A model without any kernel has no machine code either, but still runs where its memory is."""
+    return TargetInfo(
+        target.name,
+        dict(target.tvm),
+        tuple(sorted(target.features)),
+        device=target.kind,
+        archs=target.archs,
+        ptx=target.archs[-1] if code is not None else None,
+        cuda=".".join(nvcc.version.split(".")[:2]),
+    )
+
+
+def _kernel_info(cuda: CudaCode | None) -> tuple[KernelInfo, ...]:
+    used = cuda.kernels if cuda is not None else ()
+    return tuple(KernelInfo(k.kernel, k.arch, k.registers, k.shared_bytes, k.local_bytes, k.spill_bytes) for k in used)
 
 
 def _layer(

@@ -3,7 +3,7 @@
 1 ternarize   tables become parameters as matrices are, planned matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        every other operator becomes TensorIR, element-wise chains are merged
-4 schedule    every function that is not scheduled yet gets a CPU schedule
+4 schedule    every function that is not scheduled yet gets a schedule for the target
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
-from tvm_ternary.schedule.cpu import schedule_module
+from tvm_ternary.schedule import cpu
+from tvm_ternary.schedule.cuda import graph as cuda
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
 
@@ -74,7 +75,8 @@ def lower(
     dump("bind", module)
     module = lower_graph_ops(module)
     dump("fuse", module)
-    module, schedules = schedule_module(module, tvm.target.Target(target.tvm))
+    rules = cuda if target.kind == "cuda" else cpu
+    module, schedules = rules.schedule_module(module, tvm.target.Target(target.tvm))
     dump("schedule", module)
     names = {var.name_hint for var, func in module.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
     ours = {name: ternary.sources.get(name, "rule:activations") for name in ternary.kernels}
@@ -113,3 +115,18 @@ def dump_to(folder: str | Path | None) -> Callable[[str, tvm.IRModule], None]:
             path.write_text(module.script(show_meta=False))
 
     return write
+
+
+def is_static(module: tvm.IRModule) -> bool:
+    """Whether every tensor of ``main`` has a shape of numbers alone."""
+    symbolic: list[relax.Expr] = []
+
+    def visit(expr: relax.Expr) -> None:
+        kind = getattr(expr, "ty", None)
+        if isinstance(kind, relax.TensorType):
+            known = isinstance(kind.shape, relax.ShapeExpr)
+            if not known or not all(isinstance(dim, tvm.tirx.IntImm) for dim in kind.shape.values):
+                symbolic.append(expr)
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return not symbolic

@@ -76,13 +76,28 @@ def matmul_function(
         buffers = {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in operands}
         bodies = [_Kernel(kernel, shape, variant, m, buffers, epilogue) for variant in variants]
         branches = [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)]
-        if rows is None:
-            # A grid must not be empty.
-            with T.If(m > 0), T.Then():
-                emit_branches(m, branches)
-        elif rows:
+        with root_block(), any_rows(m):
             emit_branches(m, branches)
     return builder.get()
+
+
+@contextmanager
+def root_block() -> Iterator[None]:
+    """What a function's body is in; TVM's passes over graphs look for it."""
+    with T.sblock("root"):
+        T.reads()
+        T.writes()
+        yield
+
+
+@contextmanager
+def any_rows(m: Expr) -> Iterator[None]:
+    """What is done where there are rows at all: a grid must not be empty."""
+    if isinstance(m, int):
+        yield
+        return
+    with T.If(m > 0), T.Then():
+        yield
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tvm_ternary.kernels.half import SWAPPED
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
 from tvm_ternary.schedule.cuda import device
+from tvm_ternary.schedule.cuda.matmul import any_rows, root_block
 
 Expr = Any
 
@@ -120,22 +121,12 @@ def _fold_warp(held: Expr, combine: Callable[[Expr, Expr], Expr], dtype: str) ->
 
 
 @contextmanager
-def _any_rows(m: Expr) -> Iterator[None]:
-    """A grid must not be empty."""
-    if isinstance(m, int):
-        yield
-        return
-    with T.If(m > 0), T.Then():
-        yield
-
-
-@contextmanager
 def _teams(m: Expr, groups: int, size: int) -> Iterator[tuple[_Team, Expr, Expr]]:
     """A team for each group of each row: the team, row and group; nothing where M is 0."""
     per_block = BLOCK_THREADS // size
     count = m * groups
     blocks, launch = (count + (per_block - 1)) // per_block, T.launch_thread
-    with _any_rows(m), launch("blockIdx.x", blocks) as bx, launch("threadIdx.x", BLOCK_THREADS) as thread:
+    with root_block(), any_rows(m), launch("blockIdx.x", blocks) as bx, launch("threadIdx.x", BLOCK_THREADS) as thread:
         scratch = T.alloc_buffer((BLOCK_THREADS // WARP * 4,), "uint8", scope="shared.dyn") if size > WARP else None
         block = T.Cast("int64", bx)
         index = block if per_block == 1 else block * per_block + T.Cast("int64", thread // size)
@@ -244,8 +235,8 @@ def _half_rows(shape: MatmulShape, m: Expr, dtype: str) -> tirx.PrimFunc:
         x_half = T.arg("x_half", T.buffer((m, shape.padded_k(CODES_BLOCK)), dtype))
         quads = shape.groups * (width // 4)
         with (
-            T.If(m > 0),
-            T.Then(),
+            root_block(),
+            any_rows(m),
             T.launch_thread("blockIdx.x", (m * quads + 255) // 256) as bx,
             T.launch_thread("threadIdx.x", 256) as thread,
         ):
