@@ -13,7 +13,17 @@ import pytest
 
 from tvm_ternary.errors import HostError
 from tvm_ternary.runtime import library
-from tvm_ternary.runtime.library import LIBRARY, VARIABLE, find_runtime
+from tvm_ternary.runtime.library import (
+    CUDART,
+    LIBRARY,
+    LIBRARY_CUDA,
+    VARIABLE,
+    VARIABLE_CUDA,
+    VARIABLE_CUDART,
+    find_cudart,
+    find_runtime,
+    find_runtime_cuda,
+)
 
 from .conftest import ROOT
 
@@ -21,17 +31,17 @@ from .conftest import ROOT
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A host with no runtime library in any place, and an empty folder."""
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    for variable in (VARIABLE, VARIABLE_CUDA, VARIABLE_CUDART, "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(library, "__file__", str(tmp_path / "package" / "runtime" / "library.py"))
     return tmp_path
 
 
-def put(folder: Path) -> Path:
+def put(folder: Path, name: str = LIBRARY) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LIBRARY).touch()
-    return folder / LIBRARY
+    (folder / name).touch()
+    return folder / name
 
 
 def test_none_anywhere(bare: Path) -> None:
@@ -59,6 +69,42 @@ def test_the_order_of_the_places(bare: Path, monkeypatch: pytest.MonkeyPatch) ->
     named = put(bare / "named")
     monkeypatch.setenv(VARIABLE, str(named))
     assert find_runtime(bare / "model") == named
+
+
+def test_the_library_for_cuda(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HostError) as caught:
+        find_runtime_cuda(bare)
+    assert str(caught.value) == (
+        "libtvm_runtime_cuda.so: TVM's runtime library for CUDA was not found; install apache-tvm, put "
+        "libtvm_runtime_cuda.so next to the artifact, or name the file in TVM_TERNARY_RUNTIME_CUDA"
+    )
+    beside = put(bare / "model", LIBRARY_CUDA)
+    assert find_runtime_cuda(bare / "model") == beside
+    named = put(bare / "named", LIBRARY_CUDA)
+    monkeypatch.setenv(VARIABLE_CUDA, str(named))
+    assert find_runtime_cuda(bare / "model") == named
+
+
+def test_the_order_of_the_places_of_cuda(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkits = (bare / "usr" / "lib64",)
+    monkeypatch.setattr(library, "CUDA_TOOLKITS", toolkits)
+    # Left to the dynamic linker, which may know a place.
+    assert find_cudart(bare / "model") == CUDART
+    toolkit = put(toolkits[0], CUDART)
+    assert find_cudart(bare / "model") == toolkit
+    installed = put(bare / "nvidia" / "cu13" / "lib", CUDART)
+    spec = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    spec.submodule_search_locations = [str(bare / "nvidia")]
+    monkeypatch.setattr(importlib.util, "find_spec", {"nvidia": spec}.get)
+    assert find_cudart(bare / "model") == installed
+    linker = put(bare / "linker", CUDART)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(linker.parent))
+    assert find_cudart(bare / "model") == linker
+    beside = put(bare / "model", CUDART)
+    assert find_cudart(bare / "model") == beside
+    named = put(bare / "named", CUDART)
+    monkeypatch.setenv(VARIABLE_CUDART, str(named))
+    assert find_cudart(bare / "model") == named
 
 
 def test_the_variable_names_no_file(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

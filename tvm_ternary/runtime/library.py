@@ -23,6 +23,7 @@ LIBRARY = "libtvm_runtime.so"
 LIBRARY_CUDA = "libtvm_runtime_cuda.so"
 CUDA_MAJOR = RUNTIME_CUDA[0]
 CUDART = f"libcudart.so.{CUDA_MAJOR}"
+CUDA_TOOLKITS = tuple(Path(f"/usr/local/{name}/lib64") for name in ("cuda", f"cuda-{CUDA_MAJOR}"))
 VARIABLE = "TVM_TERNARY_RUNTIME"
 VARIABLE_CUDA = "TVM_TERNARY_RUNTIME_CUDA"
 VARIABLE_CUDART = "TVM_TERNARY_CUDART"
@@ -187,8 +188,7 @@ def _cuda_folders(beside: Path) -> Iterator[Path]:
     yield from _linker_folders()
     # A folder without __init__.py that several of NVIDIA's packages share.
     yield from (folder / f"cu{CUDA_MAJOR}" / "lib" for folder in _package_folders("nvidia"))
-    yield Path("/usr/local/cuda/lib64")
-    yield Path(f"/usr/local/cuda-{CUDA_MAJOR}/lib64")
+    yield from CUDA_TOOLKITS
 
 
 def _package_folders(name: str) -> list[Path]:

@@ -2,7 +2,6 @@
 //
 // Needs libtvm_ffi.so and libtvm_runtime.so; on a GPU also libtvm_runtime_cuda.so and libcudart.so.13. All lie beside
 // this program. README.txt has the command that builds it.
-
 #include <dlfcn.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/shape.h>
@@ -99,16 +98,15 @@ static const Type& FindType(const std::string& any_name) {
   Fail("dtype " + any_name + " is not supported");
 }
 static int64_t ItemBytes(const std::string& dtype) { return FindType(dtype).npy[2] - '0'; }
-
 static int64_t Elements(const std::vector<int64_t>& shape) {
   int64_t count = 1;
   for (int64_t size : shape) count *= size;
   return count;
 }
-static std::string Join(const std::vector<int64_t>& shape, const char* after_each = "") {
+static std::string Join(const std::vector<int64_t>& shape) {
   std::string text;
   for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return text.empty() ? text : text + after_each;
+  return text;
 }
 
 // The .npy format: magic, version, length of the header, the header (a Python dictionary), the data.
@@ -142,7 +140,7 @@ static Array ReadNpy(const std::string& path, const std::string& dtype) {
 
 static void WriteNpy(const std::filesystem::path& path, const Array& array) {
   std::string header = "{'descr': '" + FindType(array.dtype).npy + "', 'fortran_order': False, 'shape': (" +
-                       Join(array.shape, ",") + "), }";
+                       Join(array.shape) + (array.shape.empty() ? "), }" : ",), }");
   header.append((64 - (10 + header.size() + 1) % 64) % 64, ' ');
   header += '\n';
   const uint16_t length = static_cast<uint16_t>(header.size());
