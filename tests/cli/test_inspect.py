@@ -52,6 +52,28 @@ def test_library_for_another_cpu_can_be_looked_at(library: Path, tmp_path: Path)
     assert json.loads(cli("inspect", path, "--json").stdout)["missing_features"] == ["3dnow_next"]
 
 
+def test_library_for_gpus(library: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(library, tmp_path / "gpu.so"))
+    kernel = {
+        "kernel": "f_kernel",
+        "arch": "sm_90",
+        "registers": 77,
+        "shared_bytes": 0,
+        "local_bytes": 0,
+        "spill_bytes": 0,
+    }
+    target = {"device": "cuda", "archs": ["sm_80", "sm_90"], "ptx": "sm_90", "cuda": "13.0"}
+    reseal(path, lambda manifest: (manifest["target"].update(target), manifest.update(kernels=[kernel], graph=True)))
+    told = cli("inspect", path).stdout
+    assert "an NVIDIA GPU" in told
+    assert "sm_80 sm_90" in told
+    assert "one CUDA graph" in told
+    assert "f_kernel" not in told
+    assert ["f_kernel", "sm_90", "77", "0", "0", "0"] in [
+        line.split() for line in cli("inspect", path, "--functions").stdout.splitlines()
+    ]
+
+
 def test_name_that_would_move_the_cursor_is_escaped(library: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(library, tmp_path / "rude.so"))
     reseal(path, lambda manifest: manifest["model"].update(name="a\x1b[2J\n[bold]b"))

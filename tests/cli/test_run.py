@@ -39,6 +39,7 @@ def test_given_input_and_written_output(library: Path, tmp_path: Path) -> None:
     assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": [2, 10]}]
     assert document["files"] == [str(tmp_path / "deep" / "out" / "y.npy")]
     assert document["seconds"] is None
+    assert document["device"] == "cpu"
     np.testing.assert_array_equal(np.load(document["files"][0]), load(library).run(None, {"x": x})[0])
 
 
@@ -119,6 +120,8 @@ def test_bad_input(library: Path, tmp_path: Path, given: Callable[[Path], str], 
         (["--dim", "batch=2147483647"], ["not enough memory"]),
         (["--threads", "0"], ["threads", "is 0", "from 1"]),
         (["--threads", "many"], ["--threads", "'many'"]),
+        (["--device", "gpu"], ["device 'gpu'", "expected cpu, cuda or cuda:N"]),
+        (["--device", "cuda:1"], ["which runs on cpu, not on cuda:1", "leave the device out"]),
         (["--repeat", "0"], ["repeat", "is 0", "at least 1"]),
         (["--seed", "-1"], ["--seed", "is -1"]),
         (["--output", "/dev/null/out"], ["/dev/null/out", "folder"]),

@@ -18,7 +18,7 @@ from tvm_ternary.runtime.weights import read_weights
 
 # The half of this package that runs artifacts.
 _RUNTIME_HALF = ("__init__.py", "errors.py", "target", "runtime")
-# Parts of tvm_ffi that are for building against it.
+# Parts of tvm_ffi that are for building against it. Its library for tests is none: the Python binding is linked to it.
 _NOT_TO_RUN = (
     "__pycache__",
     "include",
@@ -27,7 +27,6 @@ _NOT_TO_RUN = (
     "share",
     "cython",
     "CMakeLists.txt",
-    "*_testing.so",
     "*.pyi",
 )
 _DISTRIBUTIONS = ("tvm-ternary", "apache-tvm", "apache-tvm-ffi", "typing_extensions")
