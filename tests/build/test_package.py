@@ -303,3 +303,24 @@ def test_an_index_of_another_kind_is_not_ours(built: Path, tmp_path: Path) -> No
         (tmp_path / "package.json").write_text(content)
         with pytest.raises(OutputError, match="no package of ours"):
             package(built / "inside.so", tmp_path, force=True)
+
+
+def test_an_interrupt_between_the_two_renames_loses_nothing(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_compiler(monkeypatch, tmp_path / "bin")
+    folder = tmp_path / "packages" / "one"
+    folder.parent.mkdir()
+    package(built / "beside.so", folder)
+    rename = os.rename
+
+    def interrupted(source: Path, destination: Path) -> None:
+        if destination == folder and not str(source).endswith(".old"):
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        package(built / "inside.so", folder, force=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    assert (folder / "beside.so").exists()

@@ -177,13 +177,14 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
                 os.rename(folder, old)
             try:
                 os.rename(staged, folder)
-            except OSError:
-                if old.exists():
+            except BaseException:
+                # An interrupt included: the old package must not be lost.
+                if old.exists() and not folder.exists():
                     os.rename(old, folder)
                 raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         # copytree collects what went wrong in a list.
         first = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
