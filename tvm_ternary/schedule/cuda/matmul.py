@@ -206,8 +206,8 @@ class _Kernel:
         return self._n_block(r) * LANES + self.g % 4 * 4
 
     def _row(self, index: Expr) -> Expr:
-        """A row of this tile, the last one where there are no more."""
-        return T.min(self.first_row + index, self.last_row)
+        """A row of this tile, the last one where there are no more; 64 bits, as M times N may need them."""
+        return T.Cast("int64", T.min(self.first_row + index, self.last_row))
 
     def _acc(self, r: Expr, e: Expr, j: Expr) -> Expr:
         return ((r * 2 + e) * self.cut.row_tiles + j) * 4
@@ -490,7 +490,7 @@ class _Kernel:
         x_sum = T.alloc_buffer((1,), "int32", scope="local")
         with unrolled(2) as c:
             index = self.first_row + j * 8 + self.t * 2 + c
-            row = T.min(index, self.last_row)
+            row = T.Cast("int64", T.min(index, self.last_row))
             if self.cut.whole and "x_sum" in self.b:
                 T.buffer_store(x_sum, T.int32(0), [0])
                 with T.serial(0, self.cut.segments) as s:
