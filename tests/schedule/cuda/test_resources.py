@@ -56,8 +56,8 @@ def golden() -> dict[str, int]:
 
 
 def check(arch: str, name: str, used: KernelResources) -> None:
-    # For these two the assembler trades a few bytes of planes' decoding for one block of threads more.
-    most = 16 if arch in ("sm_86", "sm_89") and "t3" in name else 0
+    # Elsewhere the assembler may trade a few bytes for one block of threads more on a multiprocessor.
+    most = 0 if arch in ("sm_80", "sm_90") else 16
     assert max(used.spill_bytes, used.local_bytes) <= most, name
     assert used.registers <= 255
     assert used.shared_bytes == 0, f"{name}: all shared memory is asked for at launch"

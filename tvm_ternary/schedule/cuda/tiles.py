@@ -47,6 +47,8 @@ _SHARED_OF_MULTIPROCESSOR = 1 << 10  # what a block of threads takes of shared m
 _REGISTERS, _THREADS = 65536, 2048
 # Cycles, roughly: filling the pipeline and ending a kernel, adding up one warp's sums along K.
 _LATENCY, _EXCHANGE, _BARRIER = 2000.0, 60.0, 40.0
+# Bytes a cycle, and cycles.
+_CACHE_RATE, _MEMORY_LATENCY = 40.0, 1000.0
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,6 @@ def estimate(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: Cud
     weights = width * per_step * shape.planes / 4
     activations = min(rows, v.rows) * per_step * operands.row_bytes / (operands.blocks * kernel.block)
     activations *= 1 if v.shared else v.warps_n
-    # The second-level cache gives a multiprocessor about 40 bytes a cycle, memory its share of the bandwidth.
-    moved = (weights + activations) / 40
-    step = max(multiply, moved, v.threads // WARP * _instructions(operands, v) / 4)
     resident = max(
         1,
         min(
@@ -179,9 +178,14 @@ def estimate(kernel: MatmulKernel, shape: MatmulShape, v: CudaVariant, arch: Cud
             _THREADS // v.threads,
         ),
     )
+    each = ceil_div(blocks, arch.multiprocessors)
+    # What is under way, over how long memory takes, is what arrives in a cycle, and no more than a multiprocessor can
+    # take from the second-level cache.
+    under_way = min(resident, each) * (min(v.stages, steps + 1) - 1) * (weights + activations)
+    moved = (weights + activations) / min(_CACHE_RATE, under_way / _MEMORY_LATENCY)
+    step = max(multiply, moved, v.threads // WARP * _instructions(operands, v) / 4)
     step += _BARRIER / resident if v.shared else 0.0
     tail = _LATENCY + _EXCHANGE * (v.warps_k - 1) * v.columns / 32 * v.rows / 8
-    each = ceil_div(blocks, arch.multiprocessors)
     return each * steps * step + ceil_div(each, resident) * tail
 
 
