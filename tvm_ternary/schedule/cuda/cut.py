@@ -93,6 +93,11 @@ class Cut:
         return self.repeats * self.variant.rows
 
     @property
+    def planes_scaled_apart(self) -> bool:
+        """Whether scales have an axis of planes."""
+        return self.operands.planes_apart
+
+    @property
     def has_factors(self) -> bool:
         """Whether planes have factors, which decoding needs."""
         return self.shape.planes > 1 and not self.operands.planes_apart

@@ -27,8 +27,9 @@ Rule = Callable[[Program], tirx.PrimFunc | None]
 
 RULES: tuple[tuple[str, Rule], ...] = (
     ("rule:matmul", schedule_matmul),
-    ("rule:rows", schedule_rows),
+    # Before rows, which would take a sum over tokens too, and have the lanes of a warp read a whole row apart.
     ("rule:columns", schedule_columns),
+    ("rule:rows", schedule_rows),
     ("rule:fold", schedule_fold),
     ("rule:points", schedule_points),
 )

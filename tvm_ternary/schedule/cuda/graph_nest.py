@@ -1,7 +1,7 @@
 """Kernels written directly as TensorIR: loops bound to threads, and what the threads of a block do together.
 
-The rules of this folder read a function as the CPU's do (`schedule/cpu/program.py`) and write a kernel for each group of
-stages. Every loop over data is guarded by a comparison with the true extent, so that any size works, known or not.
+The rules of this folder read a function as the CPU's do (`schedule/cpu/program.py`) and write a kernel for each group
+of stages. Every loop over data is guarded by a comparison with the true extent, so that any size works, known or not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tvm.ir import Expr
 from tvm.tirx import (
     AttrStmt,
     BufferLoad,
+    BufferStore,
     CommReducer,
     Evaluate,
     For,
@@ -115,6 +116,48 @@ def all_reduce(
     reducer = CommReducer([left], [right], [combine(left, right)], [identity])
     call = tirx.tvm_thread_allreduce(tirx.const(1, "uint32"), value, tirx.const(True, "bool"), result, *threads)
     return AttrStmt(reducer, "reduce_scope", index(0), Evaluate(call))
+
+
+def row_reduce(
+    combine: Callable[[Expr, Expr], Expr], own: Var, thread: Expr, threads: int
+) -> tuple[list[Stmt], list[Var]]:
+    """Combine the values of one or more whole warps; every thread gets the result, in the register it gave.
+
+    Written out, since TVM's own all-reduce puts its result where the whole block can write it: storage rewriting then
+    takes that place for what is computed of the result, and each thread changes it once more.
+
+    Parameters
+    ----------
+    combine : callable (Expr, Expr) -> Expr
+    own : Var
+        A register: this thread's value, then the result.
+    thread : Expr
+        Number of this thread, all of which must arrive here.
+    threads : int
+        A multiple of a warp. With more than one warp, all threads of the block.
+
+    Returns
+    -------
+    statements : list of Stmt
+    buffers : list of Var
+        What they need in shared memory.
+    """
+    zero = index(0)
+
+    def step(distance: int) -> Stmt:
+        mask, size = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(WARP, "int32")
+        other = tirx.tvm_warp_shuffle_xor(mask, own[zero], tirx.const(distance, "int32"), size, size)
+        return BufferStore(own, combine(own[zero], other), [zero])
+
+    within = [step(WARP >> n) for n in range(1, WARP.bit_length())]
+    warps = threads // WARP
+    if warps == 1:
+        return within, []
+    parts = shared([warps], own.dtype, "parts")
+    give = BufferStore(parts, own[zero], [tirx.floordiv(thread, index(WARP))])
+    take = [BufferStore(own, parts[zero], [zero])]
+    take += [BufferStore(own, combine(own[zero], parts[index(warp)]), [zero]) for warp in range(1, warps)]
+    return [*within, guarded([tirx.EQ(tirx.floormod(thread, index(WARP)), zero)], give), *take], [parts]
 
 
 def first_of(threads: Sequence[Expr]) -> Expr:

@@ -19,7 +19,7 @@ from tvm_ternary.schedule.cpu.fold import Fold, read_fold
 from tvm_ternary.schedule.cpu.nest import decompose, index, product, scope, sequence, static, substitute
 from tvm_ternary.schedule.cpu.program import Axis, Program, Stage, loads
 
-from .graph_nest import MAX_UNROLLED, WARP, all_reduce, bound, first_of, guarded, local, strided
+from .graph_nest import MAX_UNROLLED, WARP, bound, first_of, guarded, local, row_reduce, strided
 
 # Threads of a row by its length: a warp needs no barrier, and its lanes hold up to 16 positions each in registers.
 THREADS = ((16 * WARP, WARP), (128 * WARP, 4 * WARP))
@@ -211,17 +211,15 @@ class _Kernel:
 
     def _fold(self, stage: Stage, fold: Fold, thread: Expr) -> Stmt:
         own = local([1], fold.target.dtype, "own")
-        total = local([1], fold.target.dtype, "total")
         zero = [index(0)]
         start = BufferStore(own, fold.identity, zero)
         add = BufferStore(own, fold.combine(own[0], fold.value), zero)
-        combine = all_reduce(fold.combine, fold.identity, own[0], BufferLoad(total, zero), [thread])
-        finish = self._placed(BufferStore(fold.target, total[0], list(fold.indices)), index(0))
+        combine, buffers = row_reduce(fold.combine, own, thread, self.threads)
+        finish = self._placed(BufferStore(fold.target, own[0], list(fold.indices)), index(0))
         if fold.target not in self.homes:
             finish = guarded([first_of([thread])], finish)
-        return scope(
-            "fold", sequence(start, self._positions(stage, thread, lambda step: add), combine, finish), [own, total]
-        )
+        terms = self._positions(stage, thread, lambda step: add)
+        return scope("fold", sequence(start, terms, combine, finish), [own, *buffers])
 
     def _placed(self, node: Stmt, step: Expr) -> Stmt:
         """Point reads and writes of temporaries to their homes."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -26,8 +25,10 @@ from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import EPILOGUES, PLAIN, Epilogue, MatmulKernel, emit_branches
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
 from tvm_ternary.schedule.cuda import device
+from tvm_ternary.schedule.cuda.copies import Copies
 from tvm_ternary.schedule.cuda.cut import Cut
-from tvm_ternary.schedule.cuda.operands import Place, at
+from tvm_ternary.schedule.cuda.operands import at
+from tvm_ternary.schedule.cuda.places import Places, Where, unrolled, when
 from tvm_ternary.schedule.cuda.variant import CudaVariant
 
 Expr = Any
@@ -100,36 +101,6 @@ def any_rows(m: Expr) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def unrolled(extent: int) -> Iterator[Expr]:
-    """A loop that the CUDA compiler unrolls; no loop where there is one iteration."""
-    if extent == 1:
-        yield 0
-        return
-    with T.unroll(0, extent, annotations={"pragma_unroll_explicit": tirx.const(0, "int32")}) as i:
-        yield i
-
-
-@contextmanager
-def _when(condition: Expr | bool) -> Iterator[None]:
-    """Do what follows if the condition holds, which may be known to."""
-    if condition is True:
-        yield
-        return
-    with T.If(condition), T.Then():
-        yield
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Where in K an iteration of a warp is: unit, plane, segment, step of the segment; and whether there is such."""
-
-    plane: Expr
-    segment: Expr
-    step: Expr
-    there: Expr | bool
-
-
 class _Kernel:
     """Emits one kernel; index arithmetic and the registers' layout live here.
 
@@ -157,12 +128,7 @@ class _Kernel:
         tiles_m, tiles_n = (self.m + (v.rows - 1)) // v.rows, ceil_div(self.shape.n, v.columns * v.warps_n)
         grid = T.launch_thread("blockIdx.x", tiles_m), T.launch_thread("blockIdx.y", tiles_n)
         with grid[0] as bx, grid[1] as by, T.launch_thread("threadIdx.x", v.threads) as thread:
-            self.thread = thread
-            self.lane, warp = thread % 32, thread // 32
-            self.g, self.t = self.lane // 4, self.lane % 4
-            self.warp_n, self.warp_k = warp % v.warps_n, warp // v.warps_n
-            self.first_row, self.last_row = T.Cast("int32", bx) * v.rows, T.Cast("int32", self.m) - 1
-            self.first_block = (T.Cast("int32", by) * v.warps_n + self.warp_n) * (2 * self.cut.repeats)
+            self.at = Places(self.cut, self.m, bx, by, thread)
             self._body()
 
     def _body(self) -> None:
@@ -172,6 +138,7 @@ class _Kernel:
         self.weights = T.alloc_buffer((4 * self.cut.repeats * o.word_registers,), "uint32", scope="local")
         self.factors = T.alloc_buffer((max(1, self.cut.repeats * self.shape.planes),), "uint32", scope="local")
         self.shared = T.alloc_buffer((max(16, self.cut.shared_bytes),), "uint8", scope="shared.dyn")
+        self.copies = Copies(self.at, self.b, self.shared)
         with unrolled(o.sums * e) as i:
             T.buffer_store(self.acc, o.zero(), [i])
         if not self.cut.whole:
@@ -182,165 +149,14 @@ class _Kernel:
         self._all_steps()
         self._finish()
 
-    # --- places ---------------------------------------------------------------------------------------------------
-
-    def _where(self, iteration: Expr, warp_k: Expr) -> _Where:
-        """The place of an iteration; the last one's where there is none."""
-        unit, inner = iteration // self.cut.unit_steps * self.variant.warps_k + warp_k, iteration % self.cut.unit_steps
-        there = True if self.cut.units % self.variant.warps_k == 0 else unit < self.cut.units
-        unit = unit if there is True else T.min(unit, self.cut.units - 1)
-        if self.cut.whole:
-            return _Where(0, unit // self.cut.steps, unit % self.cut.steps, there)
-        return _Where(unit // self.cut.segments, unit % self.cut.segments, inner, there)
-
-    def _n_block(self, r: Expr) -> Expr:
-        """The block of 16 outputs that this thread's weights are of, the last one where there are no more."""
-        return T.min(self.first_block + 2 * r + self.g // 4, self.shape.blocks - 1)
-
-    def _n(self, r: Expr) -> Expr:
-        """The first of the four outputs that this thread holds, beyond N perhaps."""
-        return (self.first_block + 2 * r + self.g // 4) * LANES + self.g % 4 * 4
-
-    def _column(self, r: Expr) -> Expr:
-        """The same, of the scales, whose rows are padded to whole blocks."""
-        return self._n_block(r) * LANES + self.g % 4 * 4
-
-    def _row(self, index: Expr) -> Expr:
-        """A row of this tile, the last one where there are no more; 64 bits, as M times N may need them."""
-        return T.Cast("int64", T.min(self.first_row + index, self.last_row))
-
     def _acc(self, r: Expr, e: Expr, j: Expr) -> Expr:
         return ((r * 2 + e) * self.cut.row_tiles + j) * 4
-
-    # --- copies ---------------------------------------------------------------------------------------------------
-
-    def _copy(self, iteration: Expr, stage: Expr) -> None:
-        """Begin to copy what an iteration needs to a stage of shared memory."""
-        self._copy_weights(iteration, stage)
-        self._copy_scales(iteration, stage)
-        if self.variant.shared:
-            self._copy_shared_rows(iteration, stage)
-        else:
-            self._copy_own_rows(iteration, stage)
-
-    def _own(self, stage: Expr, index: Expr, offset: int = 0) -> Expr:
-        """Where this thread's ``index``-th 16 bytes lie in a stage, ``offset`` bytes behind its start."""
-        return stage * self.cut.stage_bytes + (offset + index * (16 * self.variant.threads)) + self.thread * 16
-
-    def _copy_weights(self, iteration: Expr, stage: Expr) -> None:
-        o, where = self.operands, self._where(iteration, self.warp_k)
-        inner = where.step * o.blocks + self.t * (o.blocks // 4)
-        with unrolled(self.cut.repeats) as r:
-            blocks = [self._clamped(inner + i) + where.segment * self.cut.blocks for i in range(2)]
-            place = Place(self._n_block(r), self.g % 4, blocks[0], blocks[1], where.plane)
-            for i, source in enumerate(o.weight_addresses(self.b, place)):
-                to = self._own(stage, r * (o.words // 4) + i)
-                T.evaluate(device.copy_rows(16)(self.shared.data, to, source, 16))
-
-    def _clamped(self, block: Expr) -> Expr:
-        """A block of a segment, the last one where there are no more."""
-        return block if self.cut.blocks % self.operands.blocks == 0 else T.min(block, self.cut.blocks - 1)
-
-    def _piece(self, iteration: Expr, warp_k: Expr, piece: Expr) -> tuple[Expr, Expr | bool]:
-        """A piece of a step's rows: which piece of the whole row, and whether there is one."""
-        o, where = self.operands, self._where(iteration, warp_k)
-        of_block = max(1, o.pieces // o.blocks)
-        inner = where.step * o.blocks + piece // of_block
-        there = where.there
-        if self.cut.blocks % o.blocks:
-            within = inner < self.cut.blocks
-            there = within if there is True else T.And(there, within)
-        block = self._clamped(inner) + where.segment * self.cut.blocks
-        return block * of_block + piece % of_block, there
-
-    def _copy_scales(self, iteration: Expr, stage: Expr) -> None:
-        """Scales where a segment ends, factors at each step."""
-        where = self._where(iteration, self.warp_k)
-        group, planes = where.segment // self.cut.splits, self.shape.planes
-        if not self.cut.whole:
-            with _when(self._ends(where)), unrolled(self.cut.repeats) as r:
-                to = self._own(stage, r, self.cut.scales_start)
-                source = at(self.b["scale"], *self._plane_of_scale(where.plane), group, self._column(r))
-                T.evaluate(device.copy_rows(16)(self.shared.data, to, source, 16))
-        if self.cut.changing_factors:
-            with unrolled(self.cut.repeats) as r:
-                for p in range(planes):
-                    to = self._own_factor(stage, r * planes + p)
-                    source = at(self.b["factor"], p, group, self._column(r))
-                    T.evaluate(device.copy_rows(4)(self.shared.data, to, source, 4))
-        if self.cut.shared_terms:
-            with _when(self._ends(where)):
-                self._copy_terms(iteration, stage)
-
-    def _copy_terms(self, iteration: Expr, stage: Expr) -> None:
-        """Sum and scale, side by side, of the activations of each row and warp along K."""
-        v = self.variant
-        words = v.warps_k * v.rows * 2
-        with unrolled(ceil_div(words, v.threads)) as i:
-            index = i * v.threads + self.thread
-            with _when(index < words if words % v.threads else True):
-                row, segment = self._row(index // 2 % v.rows), self._where(iteration, index // (2 * v.rows)).segment
-                to = self._terms(stage) + index * 4
-                # Two copies, one of which has no bytes: which one differs from thread to thread.
-                for name, column, mine in (("x_sum", segment, 0), ("x_scale", segment // self.cut.splits, 1)):
-                    with T.If(index % 2 == mine), T.Then():
-                        T.evaluate(device.copy_rows(4)(self.shared.data, to, at(self.b[name], row, column), 4))
-
-    def _own_factor(self, stage: Expr, index: Expr) -> Expr:
-        """Where this thread's ``index``-th factors lie in a stage."""
-        start = self.cut.factors_start
-        return stage * self.cut.stage_bytes + (start + index * (4 * self.variant.threads)) + self.thread * 4
-
-    def _terms(self, stage: Expr) -> Expr:
-        """Where the sums and scales of activations begin in a stage."""
-        return stage * self.cut.stage_bytes + self.cut.terms_start
-
-    def _ends(self, where: _Where) -> Expr | bool:
-        """Whether a step is a segment's last."""
-        return where.step == self.cut.steps - 1 if self.cut.steps > 1 else True
-
-    def _plane_of_scale(self, plane: Expr) -> tuple[Expr, ...]:
-        return (plane,) if len(self.b["scale"].shape) == 3 else ()
-
-    def _copy_own_rows(self, iteration: Expr, stage: Expr) -> None:
-        """Activations that this thread alone multiplies."""
-        o = self.operands
-        mine = o.pieces // 4
-        with unrolled(self.cut.row_tiles) as j:
-            for i in range(mine):
-                of_row, there = self._piece(iteration, self.warp_k, self.t * mine + i)
-                index, rest = divmod(i * o.piece_bytes, 16)
-                to = self._own(stage, j * (o.row_registers // 4) + index, self.cut.rows_start) + rest
-                self._copy_piece(to, j * 8 + self.g, of_row, there)
-
-    def _copy_shared_rows(self, iteration: Expr, stage: Expr) -> None:
-        """Activations of all warps along K, spread over the threads."""
-        o, v = self.operands, self.variant
-        pieces = v.warps_k * v.rows * o.pieces
-        with unrolled(ceil_div(pieces, v.threads)) as i:
-            index = i * v.threads + self.thread
-            piece, row, warp_k = index % o.pieces, index // o.pieces % v.rows, index // (o.pieces * v.rows)
-            with _when(index < pieces if pieces % v.threads else True):
-                of_row, there = self._piece(iteration, warp_k, piece)
-                self._copy_piece(self._shared_row(stage, warp_k, row) + o.piece_offset(row, piece), row, of_row, there)
-
-    def _shared_row(self, stage: Expr, warp_k: Expr, row: Expr) -> Expr:
-        """Where a row of the tile begins in a stage."""
-        rows = self.variant.rows
-        start = self.cut.rows_start
-        return stage * self.cut.stage_bytes + start + (warp_k * rows + row) * self.operands.row_bytes
-
-    def _copy_piece(self, to: Expr, row: Expr, of_row: Expr, there: Expr | bool) -> None:
-        o = self.operands
-        size = o.piece_bytes if there is True else T.Select(there, o.piece_bytes, 0)
-        source = o.row_address(self.b, self._row(row), of_row)
-        T.evaluate(device.copy_rows(o.piece_bytes)(self.shared.data, to, source, size))
 
     def _load_factors(self, group: Expr) -> None:
         """The planes' factors of this thread's outputs, four in a word."""
         with unrolled(self.cut.repeats) as r:
             for p in range(self.shape.planes):
-                factor = device.load_word(at(self.b["factor"], p, group, self._column(r)))
+                factor = device.load_word(at(self.b["factor"], p, group, self.at.column(r)))
                 T.buffer_store(self.factors, factor, [r * self.shape.planes + p])
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -351,7 +167,7 @@ class _Kernel:
         rows = T.alloc_buffer((o.row_registers,), "uint32", scope="local")
         for stage in range(v.stages - 1):
             if stage < self.cut.iterations:
-                self._copy(tirx.const(stage, "int32"), stage)
+                self.copies.step(tirx.const(stage, "int32"), stage)
             T.evaluate(device.commit_copies())
         with T.serial(0, self.cut.iterations) as i:
             T.evaluate(device.wait_copies(v.stages - 2)())
@@ -359,34 +175,34 @@ class _Kernel:
                 T.evaluate(T.tvm_storage_sync("shared"))
             # The stage that the iteration before this one has read is free.
             with T.If(i + (v.stages - 1) < self.cut.iterations), T.Then():
-                self._copy(i + (v.stages - 1), (i + (v.stages - 1)) % v.stages)
+                self.copies.step(i + (v.stages - 1), (i + (v.stages - 1)) % v.stages)
             T.evaluate(device.commit_copies())
             stage = i % v.stages
             for w in range(self.cut.repeats * o.words // 4):
-                T.evaluate(device.load_shared(at(packed, 4 * w), self.shared.data, self._own(stage, w)))
+                T.evaluate(device.load_shared(at(packed, 4 * w), self.shared.data, self.at.own(stage, w)))
             self._multiply(i, stage, packed, rows)
 
     def _load_rows(self, rows: Expr, stage: Expr, j: Expr) -> None:
         """This thread's activations of eight rows, from shared memory."""
         o = self.operands
         if self.variant.shared:
-            row = j * 8 + self.g
-            start = self._shared_row(stage, self.warp_k, row)
-            offsets = [start + offset for offset in o.shared_offsets(row, self.t)]
+            row = j * 8 + self.at.g
+            start = self.at.shared_row(stage, self.at.warp_k, row)
+            offsets = [start + offset for offset in o.shared_offsets(row, self.at.t)]
         else:
             count = o.row_registers // 4
             start = self.cut.rows_start
-            offsets = [self._own(stage, j * count + part, start) for part in range(count)]
+            offsets = [self.at.own(stage, j * count + part, start) for part in range(count)]
         for part, offset in enumerate(offsets):
             T.evaluate(device.load_shared(at(rows, 4 * part), self.shared.data, offset))
         o.prepare_rows(rows)
 
     def _multiply(self, iteration: Expr, stage: Expr, packed: Expr, rows: Expr) -> None:
         """Multiply a step, and scale the sums where a segment ends."""
-        o, where = self.operands, self._where(iteration, self.warp_k)
+        o, where = self.operands, self.at.where(iteration, self.at.warp_k)
         if self.cut.changing_factors:
             with unrolled(self.cut.repeats * self.shape.planes) as i:
-                T.buffer_store(self.factors, device.get_word(self.shared.data, self._own_factor(stage, i)), [i])
+                T.buffer_store(self.factors, device.get_word(self.shared.data, self.at.own_factor(stage, i)), [i])
         with unrolled(self.cut.repeats) as r, unrolled(4) as index:
             o.decode(self.weights, index + 4 * r, packed, index, r * o.words, self._factors_of(r))
         with unrolled(self.cut.row_tiles) as j:
@@ -395,7 +211,7 @@ class _Kernel:
                 o.multiply(self.acc, self._acc(r, e, j), self.cut.sums, self.weights, 2 * r + e, rows)
         if self.cut.whole:
             return
-        with _when(self._ends(where)), _when(where.there):
+        with when(self.at.ends(where)), when(where.there):
             self._add_segment(where, stage)
 
     def _factors_of(self, r: Expr) -> list[Expr]:
@@ -403,17 +219,17 @@ class _Kernel:
             [self.factors[r * self.shape.planes + p] for p in range(self.shape.planes)] if self.cut.has_factors else []
         )
 
-    def _add_segment(self, where: _Where, stage: Expr) -> None:
+    def _add_segment(self, where: Where, stage: Expr) -> None:
         """Scale what a segment summed to, add it to the results, and start anew."""
         o = self.operands
         scale = T.alloc_buffer((4 * self.cut.repeats,), "float32", scope="local")
         terms = T.alloc_buffer((4,), "uint32", scope="local")
         with unrolled(self.cut.repeats) as r:
-            source = self._own(stage, r, self.cut.scales_start)
+            source = self.at.own(stage, r, self.cut.scales_start)
             T.evaluate(device.load_shared_floats(at(scale, r * 4), self.shared.data, source))
         with unrolled(self.cut.row_tiles) as j:
             if self.cut.shared_terms:
-                source = self._terms(stage) + (self.warp_k * self.variant.rows + j * 8 + self.t * 2) * 8
+                source = self.at.terms(stage) + (self.at.warp_k * self.variant.rows + j * 8 + self.at.t * 2) * 8
                 T.evaluate(device.load_shared(at(terms, 0), self.shared.data, source))
             with unrolled(2) as c:
                 x_sum, x_scale = self._terms_of(terms, j, c, where)
@@ -424,13 +240,13 @@ class _Kernel:
                     for apart in range(o.sums):
                         T.buffer_store(self.acc, o.zero(), [index + apart * self.cut.sums])
 
-    def _terms_of(self, terms: Expr, j: Expr, c: Expr, where: _Where) -> tuple[Expr, Expr]:
+    def _terms_of(self, terms: Expr, j: Expr, c: Expr, where: Where) -> tuple[Expr, Expr]:
         """Sum and scale of the activations of row 2 t + c of the ``j``-th eight, in a segment."""
         if "x_sum" not in self.b:
             return None, None
         if self.cut.shared_terms:
             return T.Cast("int32", terms[2 * c]), device.float_of(T.Cast("int32", terms[2 * c + 1]))
-        row = self._row(j * 8 + self.t * 2 + c)
+        row = self.at.row(j * 8 + self.at.t * 2 + c)
         return self.b["x_sum"][row, where.segment], self.b["x_scale"][row, where.segment // self.cut.splits]
 
     def _dot(self, index: Expr) -> Expr:
@@ -447,7 +263,7 @@ class _Kernel:
                 with unrolled(self.cut.sums) as i:
                     T.buffer_store(self.acc, self._dot(i), [i])
             with unrolled(self.cut.repeats) as r:
-                source = at(self.b["scale"], *self._plane_of_scale(0), 0, self._column(r))
+                source = at(self.b["scale"], *((0,) if self.cut.planes_scaled_apart else ()), 0, self.at.column(r))
                 T.evaluate(device.load_floats(at(scale, r * 4), source))
         if v.warps_k == 1:
             with unrolled(self.cut.row_tiles) as j:
@@ -456,8 +272,8 @@ class _Kernel:
         self._exchange()
         rounds = ceil_div(self.cut.row_tiles, v.warps_k)
         with unrolled(rounds) as i:
-            j = i * v.warps_k + self.warp_k
-            with _when(j < self.cut.row_tiles if self.cut.row_tiles % v.warps_k else True):
+            j = i * v.warps_k + self.at.warp_k
+            with when(j < self.cut.row_tiles if self.cut.row_tiles % v.warps_k else True):
                 self._store_rows(j, scale, self._sum_of_warps)
 
     @property
@@ -466,7 +282,7 @@ class _Kernel:
 
     def _place(self, warp_k: Expr, index: Expr) -> Expr:
         """Where a thread's sum lies in shared memory, as a number of words."""
-        return ((warp_k * self.variant.warps_n + self.warp_n) * self.cut.sums + index) * 32 + self.lane
+        return ((warp_k * self.variant.warps_n + self.at.warp_n) * self.cut.sums + index) * 32 + self.at.lane
 
     def _exchange(self) -> None:
         put = device.put_int if self._kind == "int" else device.put_float
@@ -474,7 +290,7 @@ class _Kernel:
         T.evaluate(device.wait_copies(0)())
         T.evaluate(T.tvm_storage_sync("shared"))
         with unrolled(self.cut.sums) as i:
-            T.evaluate(put(self.shared.data, self._place(self.warp_k, i), self.total[i]))
+            T.evaluate(put(self.shared.data, self._place(self.at.warp_k, i), self.total[i]))
         T.evaluate(T.tvm_storage_sync("shared"))
 
     def _sum_of_warps(self, index: Expr) -> Expr:
@@ -489,8 +305,8 @@ class _Kernel:
         four = T.alloc_buffer((4,), "float32", scope="local")
         x_sum = T.alloc_buffer((1,), "int32", scope="local")
         with unrolled(2) as c:
-            index = self.first_row + j * 8 + self.t * 2 + c
-            row = T.Cast("int64", T.min(index, self.last_row))
+            index = self.at.first_row + j * 8 + self.at.t * 2 + c
+            row = T.Cast("int64", T.min(index, self.at.last_row))
             if self.cut.whole and "x_sum" in self.b:
                 T.buffer_store(x_sum, T.int32(0), [0])
                 with T.serial(0, self.cut.segments) as s:
@@ -501,9 +317,9 @@ class _Kernel:
                     if self.cut.whole:
                         x_scale = self.b["x_scale"][row, 0] if "x_sum" in self.b else None
                         result = self.operands.term(result, scale[r * 4 + 2 * e + h], x_sum[0], x_scale)
-                    T.buffer_store(four, self._finished(result, row, self._n(r) + 2 * e + h), [2 * e + h])
-                with T.If(index <= self.last_row), T.Then():
-                    self._store(four, row, self._n(r))
+                    T.buffer_store(four, self._finished(result, row, self.at.n(r) + 2 * e + h), [2 * e + h])
+                with T.If(index <= self.at.last_row), T.Then():
+                    self._store(four, row, self.at.n(r))
 
     def _finished(self, value: Expr, row: Expr, n: Expr) -> Expr:
         n = n if self.shape.n % LANES == 0 else T.min(n, self.shape.n - 1)
