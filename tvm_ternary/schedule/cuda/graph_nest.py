@@ -146,7 +146,7 @@ def row_reduce(
 
     def step(distance: int) -> Stmt:
         mask, size = tirx.const(0xFFFFFFFF, "uint32"), tirx.const(WARP, "int32")
-        other = tirx.tvm_warp_shuffle_xor(mask, own[zero], tirx.const(distance, "int32"), size, size)
+        other = tirx.op.tvm_warp_shuffle_xor(mask, own[zero], tirx.const(distance, "int32"), size, size)
         return BufferStore(own, combine(own[zero], other), [zero])
 
     within = [step(WARP >> n) for n in range(1, WARP.bit_length())]
