@@ -16,13 +16,16 @@ from tvm_ternary.errors import HostError, OptionError
 from tvm_ternary.target import Target, target_names
 
 if TYPE_CHECKING:
-    from tvm_ternary.tuning.report import TaskResult
+    from tvm_ternary.tuning.report import TaskResult, TuningReport
     from tvm_ternary.tuning.task import Task
+    from tvm_ternary.tuning.tuner import Options
 
 _DESCRIPTION = f"""\
 Measure which tiles and variants make each ternary matmul fastest. What is measured goes to a folder, a line a
 candidate; a call that was ended, in whatever way, is gone on with by the next. 'compile --tuning-log DIR' uses it. The
 table at the end has microseconds of the default schedule and of the best one found, measured in turns at the end.
+For a GPU that is elsewhere, --export-candidates builds candidates here, to be measured there by a Python script that
+needs neither tvm nor a compiler, and --import-results takes what it has measured.
 
 targets   {", ".join(target_names())}, or a TVM target as JSON; native is this CPU
 schemes   as for 'compile': t1a8, t3a8g64, ...
@@ -32,6 +35,8 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --scheme t1a8g128 --tuning-log tuned
   tvm-ternary tune --op linear --shape 4096,4096 --m 1,8,128 --scheme t1a8 --trials 64
   tvm-ternary tune model.onnx --rpc-tracker 192.0.2.7:9190 --rpc-key xeon --target avx512-vnni
+  tvm-ternary tune model.onnx --target cuda-sm_90 --export-candidates batch --work-dir tuned
+  tvm-ternary tune --import-results batch/results.jsonl --work-dir tuned
   tvm-ternary tune --prune tuned --prune tuned-elsewhere -o tuning_logs/avx512-vnni
 """
 _ROWS = "1,8,128"
@@ -44,6 +49,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_search(parser)
     parser.add_argument("--rpc-tracker", metavar="HOST:PORT", help="measure on the servers of this TVM RPC tracker")
     parser.add_argument("--rpc-key", metavar="KEY", help="the key that these servers registered with")
+    parser.add_argument("--export-candidates", metavar="DIR", help="only build candidates, to measure them elsewhere")
+    parser.add_argument("--import-results", metavar="FILE", help="only record what was measured there")
     parser.add_argument("--prune", metavar="DIR", action="append", help="only merge logs: the best of each workload")
     parser.add_argument("-o", "--output", metavar="DIR", help="with --prune: the log to write")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -75,35 +82,53 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune or prune, and print what came of it."""
+    """Tune, export, import or prune, and print what came of it."""
     if args.prune or args.output:
         return _prune(args)
+    if args.import_results:
+        return _import(args)
     rows = [whole_number("--m", "M", text) for text in args.m.split(",")]
     if 0 in rows:
         raise OptionError("--m", f"got {args.m!r}; expected rows of at least 1")
 
-    from tvm_ternary.runtime.threads import thread_count
-    from tvm_ternary.schedule.tasks import realize
     from tvm_ternary.target import resolve
-    from tvm_ternary.tuning.extract import for_threads
-    from tvm_ternary.tuning.rpc import Tracker
-    from tvm_ternary.tuning.tuner import Options, tune
+    from tvm_ternary.tuning.extract import for_threads, realize_for
+    from tvm_ternary.tuning.tuner import tune
 
     if (args.rpc_tracker is None) != (args.rpc_key is None):
         raise OptionError("--rpc-tracker", "goes with --rpc-key; expected both or neither")
     target = resolve(args.target)
-    options = Options(
+    options = _options(args, target)
+    cuda = target.kind == "cuda"
+    work_dir = args.work_dir or str(Path("tuning") / (target.name if cuda else f"{target.name}-{options.threads}t"))
+    tasks = _tasks(args, rows, target)
+    if args.export_candidates:
+        return _export(args, tasks, target, options, work_dir)
+    tasks = tasks if cuda else for_threads(tasks, options.threads)
+    with _show_progress(args.quiet or args.json) as progress:
+        report = tune(tasks, work_dir, target, realize_for(target), options, progress=progress, notice=_notice)
+    return _print_report(args, report)
+
+
+def _options(args: argparse.Namespace, target: Target) -> Options:
+    from tvm_ternary.runtime.threads import thread_count
+    from tvm_ternary.tuning.rpc import Tracker
+    from tvm_ternary.tuning.tuner import Options
+
+    threads = thread_count(None if args.threads == "all" else whole_number("--threads", "N", args.threads))
+    if target.kind == "cuda" and threads != 1:
+        raise OptionError("--threads", f"is {args.threads}; one thread launches what a GPU computes", "leave it out")
+    return Options(
         trials=args.trials,
         time_limit=args.time_limit,
         cost_model=args.cost_model,
-        threads=thread_count(None if args.threads == "all" else whole_number("--threads", "N", args.threads)),
+        threads=threads,
         seed=args.seed,
         tracker=None if args.rpc_tracker is None else Tracker.parse(args.rpc_tracker, args.rpc_key),
     )
-    work_dir = args.work_dir or str(Path("tuning") / f"{target.name}-{options.threads}t")
-    tasks = for_threads(_tasks(args, rows, target), options.threads)
-    with _show_progress(args.quiet or args.json) as progress:
-        report = tune(tasks, work_dir, target, realize, options, progress=progress, notice=_notice)
+
+
+def _print_report(args: argparse.Namespace, report: TuningReport) -> int:
     if args.json:
         print_json(report.as_json())
     else:
@@ -112,8 +137,42 @@ def run(args: argparse.Namespace) -> int:
 
         print_tables([results_table(report), *([errors_table(report)] if report.errors else [])])
     if report.complaint is not None:
-        raise HostError("tune", report.complaint, f"look into {work_dir}")
+        raise HostError("tune", report.complaint, f"look into {report.work_dir}")
     return 0
+
+
+def _export(args: argparse.Namespace, tasks: Sequence[Task], target: Target, options: Options, work_dir: str) -> int:
+    if args.rpc_tracker or args.time_limit:
+        raise OptionError("--export-candidates", "measures nothing; expected no --rpc-tracker and no --time-limit")
+
+    from tvm_ternary.cli.text import write_out
+    from tvm_ternary.tuning.batch.export import export_candidates
+    from tvm_ternary.tuning.extract import realize_for
+
+    def progress(task: str, done: int, count: int) -> None:
+        if not (args.quiet or args.json):
+            print(printable(f"{task}: library {done} of {count}"), file=sys.stderr, flush=True)
+
+    realize = realize_for(target)
+    folder = args.export_candidates
+    report = export_candidates(tasks, folder, target, realize, options, work_dir=work_dir, progress=progress)
+    for reason, count in report.errors:
+        _notice(f"{count} candidates left out: {reason}")
+    if args.json:
+        print_json(report.as_json())
+        return 0
+    what = f"{sum(report.candidates.values())} candidates of {len(report.candidates)} tasks, {report.bytes >> 20} MiB"
+    write_out(f"{printable(report.path)}: {what}; measure them on a GPU with 'python3 measure.py' in there\n")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    if args.model or args.op or args.export_candidates or not args.work_dir:
+        raise OptionError("--import-results", "expected --work-dir DIR, the log to write, and nothing to tune")
+
+    from tvm_ternary.tuning.batch.results import import_results
+
+    return _print_report(args, import_results(args.import_results, args.work_dir, _notice))
 
 
 def _prune(args: argparse.Namespace) -> int:

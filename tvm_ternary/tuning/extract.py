@@ -16,16 +16,16 @@ from tvm_ternary.formats import Scheme
 from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.fuse_epilogues import fuse_epilogues
 from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize.exact import recognise
 from tvm_ternary.quantize.plan import make_plan
-from tvm_ternary.schedule.tasks import MatmulTask
+from tvm_ternary.schedule.cuda import tasks as cuda
+from tvm_ternary.schedule.tasks import MatmulTask, realize
 from tvm_ternary.target import Target
-from tvm_ternary.tuning.task import Pinned, Task
+from tvm_ternary.tuning.task import Pinned, Realize, Task
 
 
-def linear_tasks(
-    shapes: Sequence[tuple[int, int]], target: Target, rows: Sequence[int], *, scheme: str
-) -> list[MatmulTask]:
+def linear_tasks(shapes: Sequence[tuple[int, int]], target: Target, rows: Sequence[int], *, scheme: str) -> list[Task]:
     """Give a task for each shape and M.
 
     Parameters
@@ -40,11 +40,11 @@ def linear_tasks(
     Raises
     ------
     OptionError
-        If there is no such scheme.
+        If there is no such scheme, or the target has no kernel for it, or is of several GPU architectures.
     """
     parsed = Scheme.parse(scheme)
     sizes = dict.fromkeys(_shape(n, k, parsed, parsed.planes) for n, k in shapes)
-    return [MatmulTask(parsed.activation_bits, size, m, target.tier) for size in sizes for m in dict.fromkeys(rows)]
+    return [_task(parsed, size, m, target) for size in sizes for m in dict.fromkeys(rows)]
 
 
 def model_tasks(
@@ -56,7 +56,7 @@ def model_tasks(
     layers: str | Sequence[str] | Mapping[str, str] = "all",
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
-) -> list[MatmulTask]:
+) -> list[Task]:
     """Give a task for each shape that a model's matrices have, and each M.
 
     Parameters
@@ -74,21 +74,26 @@ def model_tasks(
     ModelError, UnsupportedOperatorError
         If the model cannot be read or imported.
     OptionError
-        If an option names something that does not exist, or no matrix becomes ternary.
+        If an option names something that does not exist, no matrix becomes ternary, or the target has no kernel for
+        a scheme or is of several GPU architectures.
     """
     imported = import_onnx(Path(model), dims, constants)
     plan = make_plan({name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers)
     schemes = {row.name: row.scheme for row in plan if row.scheme is not None}
-    tasks: dict[MatmulTask, None] = {}
+    tasks: dict[Task, None] = {}
     sizes = {name: _matrix_shape(imported.params[name].T, own) for name, own in schemes.items()}
     for product in fuse_epilogues(imported.module["main"], schemes):
         fixed = _fixed_rows(product.x)
         for m in dict.fromkeys(rows) if fixed is None else (fixed,):
-            bits = schemes[product.matrix].activation_bits
-            tasks[MatmulTask(bits, sizes[product.matrix], m, target.tier)] = None
+            tasks[_task(schemes[product.matrix], sizes[product.matrix], m, target)] = None
     if not tasks:
         raise OptionError(str(model), "has no matrix that becomes ternary", "see what 'tvm-ternary compile' says of it")
     return list(tasks)
+
+
+def realize_for(target: Target) -> Realize:
+    """Give what makes code of the candidates of a target's tasks."""
+    return cuda.realize if target.kind == "cuda" else realize
 
 
 def for_threads(tasks: Sequence[Task], threads: int) -> Sequence[Task]:
@@ -98,6 +103,16 @@ def for_threads(tasks: Sequence[Task], threads: int) -> Sequence[Task]:
     default, or the record would keep every other number of threads from working.
     """
     return tasks if threads > 1 else [Pinned(task, ("threads",)) for task in tasks]
+
+
+def _task(scheme: Scheme, shape: MatmulShape, rows: int, target: Target) -> Task:
+    require_device(scheme.activation_bits, target.kind)
+    if target.kind == "cpu":
+        return MatmulTask(scheme.activation_bits, shape, rows, target.tier)
+    if len(target.archs) > 1:
+        problem = f"is of {len(target.archs)} architectures; expected one"
+        raise OptionError(f"target {target.name}", problem, f"tune for each by itself: cuda-{target.archs[0]} first")
+    return cuda.CudaTask(scheme.activation_bits, shape, rows, target.tier, scheme.bfloat)
 
 
 def _shape(n: int, k: int, scheme: Scheme, planes: int) -> MatmulShape:

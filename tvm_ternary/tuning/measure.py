@@ -14,8 +14,12 @@ from typing import Any
 import tvm
 
 from tvm_ternary.build.link import find_linker
+from tvm_ternary.build.nvcc import find_nvcc
 from tvm_ternary.errors import HostError, OutputError
+from tvm_ternary.runtime.driver import read_devices
 from tvm_ternary.target import Target, require_host
+from tvm_ternary.tuning.batch.gpu import find_gpu
+from tvm_ternary.tuning.kernels import build_kernel, check_gpu_server, time_kernels
 from tvm_ternary.tuning.rpc import Tracker
 from tvm_ternary.tuning.task import Realize
 from tvm_ternary.tuning.workers import (
@@ -46,6 +50,7 @@ class Measurer:
     ) -> None:
         self._target, self._realize, self._threads, self._tracker = target, realize, threads, tracker
         self._work_dir, self._linker = work_dir, linker
+        self._arch = target.archs[0] if target.archs else None
         self._folder: Path | None = None
         self._made = 0
         servers = 1 if tracker is None else tracker.require_servers()
@@ -58,11 +63,12 @@ class Measurer:
         Raises
         ------
         HostError
-            If it cannot be reached or does not run as many threads as asked for.
+            If it cannot be reached, does not run as many threads as asked for, or has no GPU as the target names it.
         """
         if self._tracker is None:
             return
-        result = self._runners.outcome(self._runners.submit(check_server, self._tracker, self._threads))
+        check, need = (check_gpu_server, self._arch) if self._arch else (check_server, self._threads)
+        result = self._runners.outcome(self._runners.submit(check, self._tracker, need))
         if isinstance(result, Failure):
             raise HostError(f"server of {self._tracker}", result.reason)
 
@@ -79,6 +85,9 @@ class Measurer:
         for module in modules:
             self._made += 1
             path = str(folder / f"{self._made}.so")
+            if self._arch:
+                futures.append(self._builders.submit(build_kernel, self._realize, module, self._target, path))
+                continue
             arguments = (self._realize, module, self._target.tvm, self._linker, path)
             futures.append(self._builders.submit(build_library, *arguments))
         return [self._builders.outcome(future) for future in futures]
@@ -132,6 +141,8 @@ class Measurer:
                 self._folder.parent.rmdir()
 
     def _start(self, libraries: Sequence[Library], effort: Effort) -> Future[Any]:
+        if self._arch:
+            return self._runners.submit(time_kernels, self._tracker, libraries, self._arch, effort)
         return self._runners.submit(time_libraries, self._tracker, libraries, self._threads, effort)
 
     def _require_servers(self) -> None:
@@ -159,17 +170,31 @@ def open_measurer(
     Raises
     ------
     HostError
-        If there is no linker, this host cannot run the target's code, or no server can be used.
+        If there is no linker (for a GPU, no nvcc), this host cannot run the target's code, or no server can be used.
     """
     if tracker is None:
-        require_host(target, "measure on another host with --rpc-tracker, or tune for this one")
-    linker = find_linker(str(target.tvm["mtriple"]))
+        _require_device(target)
+    linker = find_linker(str(target.host_tvm["mtriple"]))
+    if target.kind == "cuda":
+        find_nvcc(target.archs)
     measurer = Measurer(target, realize, threads, tracker, work_dir, linker)
     try:
         measurer.check_server()
         yield measurer
     finally:
         measurer.close()
+
+
+def _require_device(target: Target) -> None:
+    """Refuse a target that cannot be measured here."""
+    if target.kind == "cpu":
+        require_host(target, "measure on another host with --rpc-tracker, or tune for this one")
+        return
+    try:
+        find_gpu(read_devices(), target.archs[0])
+    except HostError as error:
+        hint = "measure on another host, with --rpc-tracker, or with --export-candidates and --import-results"
+        raise HostError(f"target {target.name}", f"{error.subject} {error.problem}", hint) from error
 
 
 def _fresh_folder(work_dir: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +16,21 @@ from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig
 from tvm.s_tir.meta_schedule.database import MemoryDatabase, TuningRecord
 from tvm.s_tir.meta_schedule.feature_extractor import PyFeatureExtractor
 from tvm.s_tir.meta_schedule.logging import get_logger, get_logging_func
+from tvm.s_tir.meta_schedule.postproc import PyPostproc
 from tvm.s_tir.meta_schedule.runner import RunnerResult
 from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate
-from tvm.s_tir.schedule import Trace
+from tvm.s_tir.schedule import Schedule, Trace
 
-from tvm_ternary.tuning.task import Decisions, Task, decided_schedule, schedule_function, space_size
+from tvm_ternary.tuning.task import (
+    Decisions,
+    Limited,
+    Task,
+    decided_schedule,
+    fits,
+    schedule_function,
+    space_points,
+    space_size,
+)
 
 COST_MODELS = ("xgb", "random")
 _THREADS = 1
@@ -72,7 +81,7 @@ class ExhaustiveSearch:
 
     def __init__(self, task: Task, seed: int) -> None:
         default = tuple(task.default[name] for name in task.space)
-        others = [point for point in product(*task.space.values()) if point != default]
+        others = [point for point in space_points(task) if point != default]
         random.Random(seed).shuffle(others)
         self._left = [default, *others]
 
@@ -91,6 +100,7 @@ class EvolutionarySearch:
 
     def __init__(self, task: Task, module: tvm.IRModule, target: tvm.target.Target, cost_model: str, seed: int) -> None:
         self._space = task.space
+        self._rejections = [Fitting(task)] if isinstance(task, Limited) else []
         self._module = module
         self._default: Decisions = tuple(task.default[name] for name in task.space)
         self._known: set[Decisions] = set()
@@ -150,7 +160,7 @@ class EvolutionarySearch:
     def _make_context(self, target: tvm.target.Target, seed: int) -> Any:
         """As TuneContext's constructor, which first parses all tensor intrinsics of TVM: ten seconds, for none."""
         space = meta_schedule.space_generator.ScheduleFn(
-            schedule_function(self._space), sch_rules=[], postprocs=[], mutator_probs={}
+            schedule_function(self._space), sch_rules=[], postprocs=self._rejections, mutator_probs={}
         )
         strategy = meta_schedule.search_strategy.EvolutionarySearch(
             population_size=_POPULATION, init_min_unmeasured=_UNMEASURED
@@ -167,6 +177,26 @@ def _cost_model(kind: str, seed: int) -> CostModel:
         return RandomModel(seed=seed)
     config = XGBConfig(seed=seed, nthread=_THREADS)
     return XGBModel(extractor=DecisionFeatures(), config=config, num_warmup_samples=_WARMUP, adaptive_training=False)
+
+
+@derived_object
+class Fitting(PyPostproc):
+    """Makes the search sample anew where decisions cannot go together."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self._task = task
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        """Do nothing: MetaSchedule calls it."""
+
+    def apply(self, schedule: Schedule) -> bool:
+        """Whether to keep what was sampled."""
+        return fits(self._task, decisions_of(schedule.trace))
+
+    def clone(self) -> Fitting:
+        """Another one, for another thread."""
+        return Fitting(self._task)
 
 
 @derived_object

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import product
+from typing import Any, Protocol, runtime_checkable
 
 import tvm
 from tvm.s_tir import Schedule
@@ -24,7 +25,7 @@ Decisions = tuple[int, ...]
 
 
 class Task(Protocol):
-    """One workload to tune; `tvm_ternary.schedule.tasks.Task` is one."""
+    """One workload to tune; `tvm_ternary.schedule.tasks.MatmulTask` is one."""
 
     @property
     def name(self) -> str:
@@ -41,6 +42,18 @@ class Task(Protocol):
     @property
     def default(self) -> Mapping[str, int]:
         """The hand-chosen decisions, each one of the candidates."""
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """What a task is as well if its space holds decisions that cannot go together.
+
+    `tvm_ternary.schedule.cuda.tasks.CudaTask` is one: tiles and stages that are each fine alone ask for more shared
+    memory than there is. Such candidates are no part of the space and no failures.
+    """
+
+    def fits(self, decisions: Mapping[str, int]) -> bool:
+        """Whether a candidate of these decisions can be; those of the default can."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,22 @@ class Pinned:
         return self.task.default
 
 
+def space_points(task: Task) -> Iterator[Decisions]:
+    """Give every set of decisions that can go together."""
+    points = product(*task.space.values())
+    return (point for point in points if fits(task, point)) if isinstance(task, Limited) else points
+
+
 def space_size(task: Task) -> int:
     """How many sets of decisions there are."""
+    if isinstance(task, Limited):
+        return sum(1 for _ in space_points(task))
     return math.prod(len(candidates) for candidates in task.space.values())
+
+
+def fits(task: Task, point: Decisions) -> bool:
+    """Whether decisions can go together."""
+    return not isinstance(task, Limited) or task.fits(dict(zip(task.space, point, strict=True)))
 
 
 def schedule_function(space: Mapping[str, tuple[int, ...]]) -> Callable[[Schedule], None]:

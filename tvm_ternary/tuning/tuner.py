@@ -9,8 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tvm
+from tvm.s_tir import Schedule
 
 from tvm_ternary.errors import HostError, OptionError
 from tvm_ternary.schedule.records import About, Record, workload_hash
@@ -109,7 +111,7 @@ def tune(
     """
     if not tasks:
         raise OptionError("tune", "got nothing to tune; expected at least one ternary matrix")
-    _require_packages(options)
+    require_packages(options)
     with (
         open_measurer(target, realize, options.threads, options.tracker, Path(work_dir)) as measurer,
         open_log(work_dir, About(target.name, options.threads), notice) as log,
@@ -117,7 +119,7 @@ def tune(
         return _Tuning(tasks, target, options, log, measurer, progress, notice).run()
 
 
-def _require_packages(options: Options) -> None:
+def require_packages(options: Options) -> None:
     """Find what TVM would miss only later, in the middle of its search."""
     needed = ["cloudpickle", "psutil", *(["xgboost"] if options.cost_model == "xgb" else [])]
     missing = [name for name in needed if find_spec(name) is None]
@@ -125,12 +127,13 @@ def _require_packages(options: Options) -> None:
         raise HostError("tune", f"lacks the packages {', '.join(missing)}", "install tvm-ternary[tune]")
 
 
-class _Job:
+class Job:
     """A task while it is tuned."""
 
     def __init__(self, task: Task, module: tvm.IRModule, search: Search) -> None:
         self.task, self.module, self.search = task, module, search
         self.key = workload_hash(module)
+        self.size = space_size(task)
         self.records: list[Record] = []
         self.costs: dict[Decisions, float | None] = {}
         self.chosen: Decisions | None = None
@@ -149,7 +152,16 @@ class _Job:
             self.costs[point] = record.median if record.error is None else None
 
     def default(self) -> Decisions:
+        """The decisions taken without tuning."""
         return tuple(self.task.default[name] for name in self.task.space)
+
+    def decided(self, point: Decisions) -> Schedule:
+        """The workload with these decisions."""
+        return decided_schedule(self.module, self.task.space, point)
+
+    def trace(self, point: Decisions) -> Any:
+        """How a record tells of these decisions."""
+        return trace_json(self.decided(point).trace)
 
     def finalists(self) -> list[Decisions]:
         """The default, the winner of the last comparison, and the fastest."""
@@ -175,7 +187,7 @@ class _Tuning:
         self.progress, self.notice = progress, notice
         self.deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
         self.started = len(log.records)
-        self.jobs = _jobs(tasks, tvm.target.Target(target.tvm), options, log.records)
+        self.jobs = open_jobs(tasks, tvm.target.Target(target.tvm), options, log.records)
 
     def run(self) -> TuningReport:
         """A batch of each task in turns, so that a time limit does not leave the last ones out."""
@@ -193,7 +205,7 @@ class _Tuning:
         summary = {job.task.name: job.records for job in self.jobs}
         return make_report(str(self.log.folder), summary, len(self.log.records) - self.started)
 
-    def _batch(self, job: _Job) -> None:
+    def _batch(self, job: Job) -> None:
         """Try the next candidates of a task."""
         count = min(_BATCH, self.options.trials - len(job.costs))
         points = job.search.propose(count) if count > 0 else []
@@ -212,21 +224,20 @@ class _Tuning:
                     break
         job.search.tell({point: job.costs[point] for point in points if point in job.costs})
 
-    def _build(self, job: _Job, points: Sequence[Decisions]) -> list[Library | Failure]:
-        modules = [decided_schedule(job.module, job.task.space, point).mod for point in points]
-        return self.measurer.build(modules)
+    def _build(self, job: Job, points: Sequence[Decisions]) -> list[Library | Failure]:
+        return self.measurer.build([job.decided(point).mod for point in points])
 
-    def _record(self, job: _Job, point: Decisions, result: list[float] | Failure) -> None:
+    def _record(self, job: Job, point: Decisions, result: list[float] | Failure) -> None:
         seconds, error = ((), result.reason) if isinstance(result, Failure) else (tuple(result), None)
-        record = Record(job.key, job.task.name, self._trace(job, point), seconds, error=error)
+        record = Record(job.key, job.task.name, job.trace(point), seconds, error=error)
         self._keep(job, record)
         self._show(job)
 
-    def _keep(self, job: _Job, record: Record) -> None:
+    def _keep(self, job: Job, record: Record) -> None:
         self.log.append(record)
         job.note(record)
 
-    def _choose(self, job: _Job) -> None:
+    def _choose(self, job: Job) -> None:
         """Measure the fastest candidates and the default once more, in turns, and write down which is best."""
         if not self._is_open(job):
             return
@@ -242,31 +253,30 @@ class _Tuning:
         # In the order of the points: of equal ones, the default.
         best = min(seconds, key=lambda point: statistics.median(seconds[point]))
         default = tuple(seconds[job.default()])
-        self._keep(job, Record(job.key, job.task.name, self._trace(job, best), tuple(seconds[best]), default))
+        self._keep(job, Record(job.key, job.task.name, job.trace(best), tuple(seconds[best]), default))
 
-    def _is_open(self, job: _Job) -> bool:
+    def _is_open(self, job: Job) -> bool:
         """Whether anything was measured since the last choice, and the default runs."""
         measured = bool(job.records) and not job.records[-1].default_seconds
         return measured and job.costs.get(job.default()) is not None
 
-    def _trace(self, job: _Job, point: Decisions) -> object:
-        return trace_json(decided_schedule(job.module, job.task.space, point).trace)
-
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def _show(self, job: _Job) -> None:
-        goal = min(self.options.trials, space_size(job.task))
+    def _show(self, job: Job) -> None:
+        goal = min(self.options.trials, job.size)
         self.progress(task_result(job.task.name, job.records), goal)
 
 
-def _jobs(tasks: Sequence[Task], target: tvm.target.Target, options: Options, records: Sequence[Record]) -> list[_Job]:
+def open_jobs(
+    tasks: Sequence[Task], target: tvm.target.Target, options: Options, records: Sequence[Record]
+) -> list[Job]:
     """Give each workload once, with what is known of it."""
-    jobs: dict[str, _Job] = {}
+    jobs: dict[str, Job] = {}
     for task in tasks:
         module = task.workload()
         search = make_search(task, module, target, options.trials, options.cost_model, options.seed)
-        job = _Job(task, module, search)
+        job = Job(task, module, search)
         jobs.setdefault(job.key, job)
     for record in records:
         if record.workload in jobs:

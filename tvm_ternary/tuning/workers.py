@@ -160,7 +160,7 @@ def time_libraries(
     """
     session = None if tracker is None else tracker.session(RUN_SECONDS)
     device = tvm.cpu() if session is None else session.cpu()
-    loaded = [_load(session, library.path) for library in libraries]
+    loaded = [load_library(session, library.path) for library in libraries]
     require_threads(session, threads)
     timers = [
         module.time_evaluator(_ENTRY, device, number=1, repeat=1, min_repeat_ms=effort.milliseconds)
@@ -195,7 +195,8 @@ def require_threads(session: Any, count: int) -> None:
         raise RuntimeError(f"{found} threads, expected {count}; start the server with {_THREADS}={count}")
 
 
-def _load(session: Any, path: str) -> Any:
+def load_library(session: Any, path: str) -> Any:
+    """Load a library here, or bring it to a server first."""
     if session is None:
         return tvm.runtime.load_module(path)
     session.upload(path)

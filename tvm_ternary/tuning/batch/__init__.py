@@ -1,0 +1,1 @@
+"""Candidates that are built on one machine and measured on another one, which has a GPU and no Python ``tvm``."""
