@@ -17,7 +17,7 @@ from tvm_ternary.errors import UnsupportedOperatorError
 from tvm_ternary.schedule.cpu.inline import read_program
 from tvm_ternary.schedule.cpu.program import Program
 
-from .graph_check import is_bound
+from .graph_check import is_alone, is_bound
 from .graph_columns import schedule_columns, schedule_fold
 from .graph_matmul import schedule_matmul
 from .graph_points import schedule_points
@@ -87,9 +87,9 @@ def schedule_function(func: tirx.PrimFunc, target: Target, name: str) -> tuple[t
                 return made, source
     for source, kind in DLIGHT:
         made = _by_dlight(func, target, kind())
-        if made is not None and is_bound(made):
+        if made is not None and is_bound(made) and not is_alone(made):
             return made, source
-    problem = "is left to no thread by any schedule for a GPU"
+    problem = "is left to no thread, or to one alone, by every schedule for a GPU"
     raise UnsupportedOperatorError(f"function {name}", problem, "compile for a CPU, or rewrite that part of the model")
 
 

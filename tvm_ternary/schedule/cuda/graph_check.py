@@ -1,9 +1,13 @@
-"""Whether a function runs on threads, all of it: what no launch encloses would run nowhere, or on the host."""
+"""Whether a function runs on threads, all of it: what no launch encloses would run nowhere, or on the host.
+
+And whether it runs on more than one.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import tvm_ffi
 from tvm.s_tir import SBlockRealize
 from tvm.tirx import AllocBuffer, AttrStmt, Bind, For, ForKind, IfThenElse, PrimFunc, SeqStmt
 
@@ -28,3 +32,19 @@ def _is_bound(stmt: Any) -> bool:
         # A condition on sizes chooses among kernels.
         return _is_bound(stmt.then_case) and (stmt.else_case is None or _is_bound(stmt.else_case))
     return isinstance(stmt, AllocBuffer | Bind)
+
+
+def is_alone(func: PrimFunc) -> bool:
+    """Whether all of a function is one thread's work."""
+    extents: list[Any] = []
+
+    def note(loop: For) -> None:
+        if loop.kind == ForKind.THREAD_BINDING:
+            extents.append(loop.extent)
+
+    def note_launch(attribute: AttrStmt) -> None:
+        if attribute.attr_key in _THREADS:
+            extents.append(attribute.value)
+
+    tvm_ffi.structural_walk(func.body, [(For, note), (AttrStmt, note_launch)])
+    return all(getattr(extent, "value", None) == 1 for extent in extents)
