@@ -19,6 +19,7 @@ from tvm_ternary.build.fatbin import FatbinEntry, read_fatbin, read_kernels
 from tvm_ternary.errors import HostError, OptionError
 
 _VARIABLE = "TVM_TERNARY_NVCC"
+_TOOLKIT = "/usr/local/cuda"
 _INSTALL = "install the CUDA toolkit 13 or newer, or pip install 'tvm-ternary[cuda]'"
 # Not compressed, so that what is in a library can be looked at; the names of the files are part of nothing then.
 # ptxas is asked to be verbose because only its messages tell how much is spilled. Warnings are about generated code.
@@ -116,7 +117,7 @@ def find_nvcc(archs: Sequence[str] = ()) -> Nvcc:
     broken, old = [], []
     for path in _candidates():
         try:
-            found = _ask(path)
+            found = _ask(path.absolute())
         except HostError as error:
             broken.append(error)
             continue
@@ -130,7 +131,7 @@ def find_nvcc(archs: Sequence[str] = ()) -> Nvcc:
         raise HostError(str(best.path), problem, _INSTALL)
     if broken:
         raise broken[0]
-    places = f"{_VARIABLE}, the PATH, CUDA_HOME, /usr/local/cuda and this Python's packages"
+    places = f"{_VARIABLE}, the PATH, CUDA_HOME, {_TOOLKIT} and this Python's packages"
     raise HostError("nvcc", f"not found; looked at {places}", _INSTALL)
 
 
@@ -173,7 +174,7 @@ def _candidates() -> Iterator[Path]:
         return
     if found := shutil.which("nvcc"):
         yield Path(found)
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT]
     # The packages all unpack into one folder a major version, laid out as the toolkit is.
     packages = importlib.util.find_spec("nvidia")
     for folder in packages.submodule_search_locations or () if packages else ():
@@ -197,8 +198,8 @@ def _ask(path: Path) -> Nvcc:
 
 
 def _run(command: Sequence[str], folder: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run nvcc; what it leaves behind, should it be killed, lies in the folder too."""
-    environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": folder} if folder else {})}
+    """Run nvcc. Its own files go to the folder, too, by a name without spaces, which it cannot bear in a path."""
+    environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": "."} if folder else {})}
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False, cwd=folder, env=environment
