@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from tvm_ternary.cli import main, tune
+from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.schedule.records import RECORDS, read_log
 from tvm_ternary.tuning.log import SET_ASIDE
 from tvm_ternary.tuning.report import TaskResult
@@ -117,6 +119,32 @@ def test_prune_merges_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "out"), "records": 2}
 
 
+def test_candidates_are_exported_and_results_used(model: Path, tmp_path: Path) -> None:
+    """From a model to its library, with times made up in the place of a GPU's."""
+    chosen = (model, "--scheme", "t1a8", "--dim", "batch=2", "--layers", "layers.0", "--target", "cuda-sm_90")
+    log, batch = tmp_path / "log", tmp_path / "batch"
+    search = ("--trials", "2", "--cost-model", "random", "--work-dir", log)
+    exported = cli("tune", *chosen, *search, "--export-candidates", batch, "--quiet")
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stdout.startswith(f"{batch}: 2 candidates of 1 tasks, ")
+    rows = [json.loads(line) for line in (batch / "candidates.jsonl").read_text().splitlines()]
+    digest = sha256((batch / "candidates.jsonl").read_bytes()).hexdigest()
+    header = {**rows[0], "candidates": digest, "machine": "host", "device": "H100"}
+    times = [{"id": row["id"], "seconds": [seconds]} for row, seconds in zip(rows[1:], (2e-6, 1e-6), strict=True)]
+    (batch / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (header, *times)))
+
+    imported = cli("tune", "--import-results", batch / "results.jsonl", "--work-dir", log, "--json")
+    assert imported.returncode == 0, imported.stderr
+    (task,) = json.loads(imported.stdout)["tasks"]
+    assert (task["name"], task["gain"], task["decisions"]) == ("t1a8 24x10 m2", 2.0, rows[2]["decisions"])
+
+    artifact = tmp_path / "model.so"
+    result = cli("compile", *chosen, "-o", artifact, "--tuning-log", log, "--quiet")
+    assert result.returncode == 0, result.stderr
+    layers = {layer.name: layer.schedule for layer in read_artifact(artifact).manifest.layers}
+    assert layers["layers.0.weight"] == f"{log}#{read_log(log).records[-1].tag}"
+
+
 def line_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The one line that a bad call ends with."""
     assert main([os.fspath(argument) for argument in arguments]) == 2
@@ -133,6 +161,12 @@ def line_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (("--trials", "0"), "--trials: is 0; expected at least 1"),
         (("--target", "vax"), "target vax: no such target; expected one of native"),
         (("--target", "aarch64"), "target aarch64: is for aarch64; this host is"),
+        (("--target", "cuda-sm_90"), "target cuda-sm_90: device cuda:0 this host has no NVIDIA driver"),
+        (("--target", "cuda-sm_80+sm_90"), "target cuda-sm_80+sm_90: is of 2 architectures; expected one"),
+        (("--target", "cuda-sm_90", "--threads", "2"), "--threads: is 2; one thread launches what a GPU computes"),
+        (("--export-candidates", "x"), "is for a CPU; candidates are exported for GPUs"),
+        (("--export-candidates", "x", "--time-limit", "1"), "--export-candidates: measures nothing"),
+        (("--import-results", "x"), "--import-results: expected --work-dir DIR, the log to write, and nothing to tune"),
         (("--cost-model", "mlp"), "--cost-model: is 'mlp'; expected xgb or random"),
         (("--time-limit", "0"), "--time-limit: is 0 s; expected more than 0"),
         (("--seed", "-1"), "--seed: is -1; expected 0 to 2147483646"),
@@ -168,6 +202,7 @@ def test_bad_options_are_one_line(
         ((), "tune: expected a model or --op linear, and not both"),
         (("--op", "linear"), "--op linear: needs --shape N,K"),
         (("no.onnx",), "no.onnx"),
+        (("--import-results", "none/results.jsonl", "--work-dir", "log"), "none/results.jsonl: cannot be read"),
         (("no.onnx", "--shape", "2,2"), "--shape: is for --op linear"),
         (("no.onnx", "--dim", "batch"), "--dim: got 'batch'; expected NAME=VALUE"),
         (("--prune", "none", "-o", "out"), "none: holds no tuning log: log.json cannot be read"),

@@ -12,10 +12,11 @@ from tvm_ternary.errors import ModelError, OptionError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.quantize import quantize
+from tvm_ternary.schedule.cuda import tasks as cuda
 from tvm_ternary.schedule.records import Record, TuningLog, read_log, workload_hash
 from tvm_ternary.schedule.tasks import MatmulTask, realize
 from tvm_ternary.target import resolve
-from tvm_ternary.tuning.extract import for_threads, linear_tasks, model_tasks
+from tvm_ternary.tuning.extract import for_threads, linear_tasks, model_tasks, realize_for
 from tvm_ternary.tuning.task import decided_schedule, trace_json
 
 from ..models import FLOAT, GraphBuilder, mlp
@@ -57,6 +58,18 @@ def test_a_model_gives_its_matrices(model: Path) -> None:
     assert names(tasks) == ["t1a32 24x10 m1", "t1a32 24x10 m8", "t1a32 7x24 m1", "t1a32 7x24 m8"]
     tasks = model_tasks(model, TARGET, [1, 8], scheme="t1a32", layers=["layers.1=t2a32"], dims={"batch": 5})
     assert names(tasks) == ["t2a32 7x24 m5"]
+
+
+def test_tasks_for_a_gpu(model: Path) -> None:
+    target = resolve("cuda-sm_90")
+    tasks = model_tasks(model, target, [1, 8], scheme="t1abf16", dims={"batch": 5})
+    assert names(tasks) == ["t1abf16 24x10 m5", "t1abf16 7x24 m5"]
+    assert all(isinstance(task, cuda.CudaTask) and task.tier == "cuda-sm_90" for task in tasks)
+    assert (realize_for(target), realize_for(TARGET)) == (cuda.realize, realize)
+    with pytest.raises(OptionError, match=r"cuda-sm_80\+sm_90: is of 2 architectures; expected one; tune for each"):
+        model_tasks(model, resolve("cuda-sm_80+sm_90"), [1], scheme="t1a8")
+    with pytest.raises(OptionError, match="a32 activations: have no kernel for CUDA"):
+        linear_tasks([(64, 128)], target, [1], scheme="t1a32")
 
 
 def test_equal_matrices_are_one_task_and_ternary_ones_have_one_plane(tmp_path: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import tvm
 
 from tvm_ternary.tuning.search import COST_MODELS, EvolutionarySearch, ExhaustiveSearch, Search, make_search
-from tvm_ternary.tuning.task import Decisions
+from tvm_ternary.tuning.task import Decisions, space_size
 
 from .toy import Toy
 
@@ -115,3 +116,23 @@ def test_what_was_proposed_and_not_measured_does_no_harm() -> None:
 def test_the_same_seed_proposes_the_same(model: str) -> None:
     first, again, other = (run(evolutionary(model, seed), 40) for seed in (3, 3, 4))
     assert first == again != other
+
+
+@dataclass(frozen=True)
+class Narrow(Toy):
+    """Tiles of which some are too large."""
+
+    def fits(self, decisions: Mapping[str, int]) -> bool:
+        return decisions["rows"] * decisions["columns"] <= 64
+
+
+NARROW = Narrow(space=LARGE.space, default=LARGE.default)
+
+
+@pytest.mark.parametrize("trials", [64, 999], ids=["sampled", "all"])
+def test_what_cannot_be_is_never_proposed(trials: int) -> None:
+    fitting = [p for p in product(*NARROW.space.values()) if p[0] * p[1] <= 64]
+    assert space_size(NARROW) == len(fitting) < space_size(LARGE)
+    points = run(make_search(NARROW, NARROW.workload(), TARGET, trials, "random", 0), trials)
+    assert set(points) <= set(fitting)
+    assert len(set(points)) == len(points) >= min(trials, len(fitting))

@@ -151,7 +151,7 @@ def _export(args: argparse.Namespace, tasks: Sequence[Task], target: Target, opt
 
     def progress(task: str, done: int, count: int) -> None:
         if not (args.quiet or args.json):
-            print(printable(f"{task}: library {done} of {count}"), file=sys.stderr, flush=True)
+            print(printable(f"{task}: library {done} of {count} ..."), file=sys.stderr, flush=True)
 
     realize = realize_for(target)
     folder = args.export_candidates
