@@ -146,7 +146,8 @@ def compile(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise OutputError(str(output), "is the model itself", "choose another name")
     find_method(method)
-    logs = open_logs(resolved.name, tuning_log)
+    # Code for several GPUs is written, and was tuned, for the oldest.
+    logs = open_logs(resolved.tier if resolved.kind == "cuda" else resolved.name, tuning_log)
     dump = dump_to(dump_ir)
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)
