@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import build, cases, run
+from benchmarks.gpu import build, cases, floors, run
 from benchmarks.gpu.kernels import activation_arrays
 from benchmarks.gpu.reference import bound, random_matrix, rounded
 from benchmarks.gpu.table import render
@@ -151,3 +151,10 @@ def test_the_table_of_made_up_lines(tmp_path: Path) -> None:
     assert "| 2 | 3.00 | met |" in text
     assert "| 1.5 | not measured |  |" in text
     assert "Left out for want of time: t1a1_4096x4096 M=8." in text
+
+
+def test_the_document_holds_the_floors_that_the_code_counts() -> None:
+    text = (ROOT / floors.DOCUMENT).read_text()
+    assert floors.document(text) == text
+    assert floors.floor(4096, 4096, "t1a8", 1) == pytest.approx(1.27, abs=0.02)
+    assert floors.dense(4096, 4096, 1) == pytest.approx(10.0, abs=0.1)
