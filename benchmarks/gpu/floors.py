@@ -65,7 +65,7 @@ def draw() -> None:
     n, k = TIMED_SHAPES[-1]
     many = [2**i for i in range(14)]
     axes.loglog(many, [dense(n, k, m) for m in many], color="black", linestyle="--", label="bfloat16, dense")
-    for text in ("t1a8", "t2a8g128", "t1a16", "t1a1"):
+    for text in ("t1a8", "t2a8g128", "t1a16"):
         axes.loglog(many, [floor(n, k, text, m) for m in many], label=text)
     axes.set(
         xlabel="rows M", ylabel="microseconds at least", title=f"What an H100 allows, {n} x {k}: counted, not measured"
