@@ -203,20 +203,25 @@ def define_matmul(
         float32 where there are such, and the result y (M, N) float32.
     """
     m = rows if rows is not None else tirx.Var("M", "int64")
-    operands = [
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("ternary_matmul")
+        T.func_attr({"tirx.noalias": True})
+        buffers = declare_parameters(kernel, shape, m, epilogue)
+        finish = EPILOGUES[epilogue.activation] if epilogue.activation else lambda value: value
+        bodies = [_Body(kernel, shape, v, m, buffers, finish, str(i)) for i, v in enumerate(variants)]
+        emit_branches(m, [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)])
+    return builder.get()
+
+
+def declare_parameters(kernel: MatmulKernel, shape: MatmulShape, m: Expr, epilogue: Epilogue) -> dict[str, Expr]:
+    """Give the function that is being built its parameters, those that `define_matmul` lists: buffers by name."""
+    parameters = [
         *((operand.name, operand.shape(shape, m), operand.dtype) for operand in kernel.operands(shape)),
         *([("bias", (shape.n,), "float32")] if epilogue.bias else []),
         *([("residual", (m, shape.n), "float32")] if epilogue.residual else []),
         ("y", (m, shape.n), "float32"),
     ]
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("ternary_matmul")
-        T.func_attr({"tirx.noalias": True})
-        buffers = {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in operands}
-        finish = EPILOGUES[epilogue.activation] if epilogue.activation else lambda value: value
-        bodies = [_Body(kernel, shape, v, m, buffers, finish, str(i)) for i, v in enumerate(variants)]
-        emit_branches(m, [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)])
-    return builder.get()
+    return {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in parameters}
 
 
 def emit_branches(m: Expr, branches: list[tuple[int | None, Callable[[], None]]]) -> None:

@@ -67,40 +67,23 @@ class Device:
         return cuda_func_call(self.name, *arguments, source_code=self.source, return_type=self.result)
 
 
-load_floats = Device(
-    "tt_load_floats",
-    "float* to, const void* from",
-    "  float4 four = *(const float4*)from;\n  to[0] = four.x;\n  to[1] = four.y;\n  to[2] = four.z;\n  to[3] = four.w;",
-)
+def _loads(name: str, kind: str, shared: bool) -> Device:
+    """Load 16 bytes at an address, or at an offset of shared memory."""
+    parameters = "const void* shared, int offset" if shared else "const void* from"
+    vector, place = ("uint4" if kind == "unsigned" else "float4"), "(const char*)shared + offset" if shared else "from"
+    lines = [f"{vector} four = *(const {vector}*)({place});"]
+    lines += [f"to[{i}] = four.{part};" for i, part in enumerate("xyzw")]
+    return Device(name, f"{kind}* to, {parameters}", "\n".join(f"  {line}" for line in lines))
+
+
+load_floats = _loads("tt_load_floats", "float", shared=False)
+load_shared = _loads("tt_load_shared", "unsigned", shared=True)
+load_shared_floats = _loads("tt_load_shared_floats", "float", shared=True)
 
 store_floats = Device(
     "tt_store_floats",
     "void* to, float a, float b, float c, float d",
     "  *(float4*)to = make_float4(a, b, c, d);",
-)
-
-load_shared = Device(
-    "tt_load_shared",
-    "unsigned* to, const void* shared, int offset",
-    """
-  uint4 four = *(const uint4*)((const char*)shared + offset);
-  to[0] = four.x;
-  to[1] = four.y;
-  to[2] = four.z;
-  to[3] = four.w;
-""",
-)
-
-load_shared_floats = Device(
-    "tt_load_shared_floats",
-    "float* to, const void* shared, int offset",
-    """
-  float4 four = *(const float4*)((const char*)shared + offset);
-  to[0] = four.x;
-  to[1] = four.y;
-  to[2] = four.z;
-  to[3] = four.w;
-""",
 )
 
 get_word = Device(

@@ -22,7 +22,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.formats import LANES
-from tvm_ternary.kernels.matmul import EPILOGUES, PLAIN, Epilogue, MatmulKernel, emit_branches
+from tvm_ternary.kernels.matmul import EPILOGUES, PLAIN, Epilogue, MatmulKernel, declare_parameters, emit_branches
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.copies import Copies
@@ -65,16 +65,10 @@ def matmul_function(
     if rows is not None:
         variants = (next(v for v in variants if v.serves(rows)),)
     m = rows if rows is not None else tirx.Var("M", "int64")
-    operands = [
-        *((operand.name, operand.shape(shape, m), operand.dtype) for operand in kernel.operands(shape)),
-        *([("bias", (shape.n,), "float32")] if epilogue.bias else []),
-        *([("residual", (m, shape.n), "float32")] if epilogue.residual else []),
-        ("y", (m, shape.n), "float32"),
-    ]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("ternary_matmul")
         T.func_attr({"tirx.noalias": True, SCHEDULED: 1, "op_pattern": 8})
-        buffers = {name: T.arg(name, T.buffer(extents, dtype)) for name, extents, dtype in operands}
+        buffers = declare_parameters(kernel, shape, m, epilogue)
         bodies = [_Kernel(kernel, shape, variant, m, buffers, epilogue) for variant in variants]
         branches = [(v.max_rows, body.emit) for v, body in zip(variants, bodies, strict=True)]
         with root_block(), any_rows(m):
