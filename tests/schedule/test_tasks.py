@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tvm
@@ -15,7 +13,7 @@ from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor
 from tvm_ternary.kernels.shape import MatmulShape, Tile, Variant
 from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule import records
-from tvm_ternary.schedule.records import ANNOTATION, About, Record, TuningLog, shipped_log, workload_hash
+from tvm_ternary.schedule.records import ANNOTATION, About, Record, TuningLog, open_logs, shipped_log, workload_hash
 from tvm_ternary.schedule.tasks import ROWS, MatmulTask, choose_variants, realize, spread
 from tvm_ternary.schedule.tiles import load_tiles
 from tvm_ternary.target import resolve, target_names
@@ -195,5 +193,8 @@ def test_names_of_tasks_tell_them_apart() -> None:
 
 def test_a_log_is_where_the_package_looks_for_it() -> None:
     folder = next(folder for folder in records._FOLDERS if folder.is_dir())
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(SHIPPED)
-    assert all((Path(folder) / name / records.RECORDS).is_file() for name in SHIPPED)
+    logs = {path.name for path in folder.iterdir() if (path / records.RECORDS).is_file()}
+    assert logs == set(SHIPPED)
+    # No GPU was at hand: the folder says so, and holds no record.
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - logs == {"cuda-sm_90"}
+    assert open_logs("cuda-sm_90") == ()
