@@ -26,6 +26,7 @@ from tvm_ternary.cli.tables import print_tables
 
 SCHEME = "t3a8g64"
 OUTPUT = Path("demo-out") / "model.so"
+GPU, GPU_OUTPUT = "cuda-sm_80+sm_90", Path("demo-out") / "gpu.so"
 SENTENCES = (
     "The weather is lovely today.",
     "It is so sunny outside!",
@@ -68,6 +69,12 @@ def main() -> int:
     one = random_tokens()
     runs = time_alternating(lambda: ours.run([name], one), lambda: theirs.run([name], one))
     print_tables([costs_table(manifest.sizes.weights_after, manifest.sizes.weights_before, *runs)])
+
+    print(f"\n4. Compile it for GPUs too, {GPU}, whether there is one here or not, to {GPU_OUTPUT}\n", flush=True)
+    with show_progress(quiet=False) as progress:
+        dims = {"batch_size": 1, "sequence_length": TOKENS}
+        artifact = tt.compile(model, GPU_OUTPUT, target=GPU, scheme=SCHEME, dims=dims, progress=progress)
+    print_tables([gpu_table(artifact)])
     if cosines.min() < MUST_REACH:
         print(f"error: a cosine is below {MUST_REACH}: this is not the float model's meaning", file=sys.stderr)
         return 1
@@ -140,6 +147,19 @@ def costs_table(after: int, before: int, ours: float, theirs: float) -> Table:
         ("onnxruntime, float32", f"{theirs:.1f}", format_bytes(before)),
     )
     return Table(("", "median ms", "weights"), rows, frozenset({1, 2}))
+
+
+def gpu_table(artifact: tt.Artifact) -> Table:
+    """What the library for GPUs holds."""
+    target, kernels = artifact.manifest.target, artifact.manifest.kernels
+    rows = (
+        ("machine code for", " and ".join(target.archs)),
+        ("kernels", f"{len({kernel.kernel for kernel in kernels})}, no source"),
+        ("a run is", "one CUDA graph" if artifact.manifest.graph else "a launch a kernel"),
+        ("compiled in", f"{sum(artifact.seconds.values()):.1f} s, by nvcc {target.cuda}"),
+        ("to deploy it", f"tvm-ternary package {artifact.path} -o deploy"),
+    )
+    return Table(("", ""), rows)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ def test_demo_comes_near_the_float_model(models: Path, tmp_path: Path) -> None:
     assert len(cosines) == 6
     assert min(cosines) > 0.9
     assert re.search(r"^tvm-ternary +\d+\.\d +\d+\.\d MiB$", text, re.MULTILINE)
+    gpu = read_artifact(tmp_path / "demo-out" / "gpu.so").manifest
+    assert (gpu.target.archs, gpu.graph) == (("sm_80", "sm_90"), True)
+    assert re.search(r"^machine code for +sm_80 and sm_90$", text, re.MULTILINE)
     assert re.search(r"^onnxruntime, float32 +\d+\.\d +65\.8 MiB$", text, re.MULTILINE)
 
 
