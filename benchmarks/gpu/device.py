@@ -15,6 +15,7 @@ from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 
 CACHE_BYTES = 128 << 20
 """More than a second-level cache: sets of operands are used in turns until they are as large together."""
+PLACE = "cuda"
 ROUNDS = 5
 _SECONDS = 0.02
 _MOST_SETS = 32
@@ -45,7 +46,7 @@ class Device:
         """Arrays for what a kernel reads of M rows."""
         torch, made = self.torch, []
         for shape, dtype in activation_arrays(scheme, m, k):
-            array = torch.zeros(shape, dtype=getattr(torch, dtype.replace("uint32", "int32")), device="cuda")
+            array = torch.zeros(shape, dtype=getattr(torch, dtype.replace("uint32", "int32")), device=PLACE)
             made.append(array.view(torch.uint32) if dtype == "uint32" else array)
         return made
 
@@ -82,7 +83,7 @@ class Device:
 
     def copy_bandwidth(self) -> float:
         """Bytes a second that a copy of 1 GiB reads and writes."""
-        source = self.torch.empty(1 << 30, dtype=self.torch.uint8, device="cuda")
+        source = self.torch.empty(1 << 30, dtype=self.torch.uint8, device=PLACE)
         target = self.torch.empty_like(source)
         (seconds,) = self.seconds([[lambda: target.copy_(source)]])
         return 2 * source.numel() / seconds
@@ -92,7 +93,7 @@ class Device:
         torch, width, heads = self.torch, 384, 12
 
         def weight(*shape: int) -> Any:
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.05
+            return torch.randn(*shape, device=PLACE, dtype=torch.bfloat16) * 0.05
 
         linear = torch.nn.functional.linear
         layers = [
@@ -100,8 +101,8 @@ class Device:
             for _ in range(3)
         ]
         bias, wide, table = weight(width), weight(4 * width), weight(4096, width)
-        ids = torch.randint(0, 4096, (batch, length), device="cuda")
-        mask = torch.zeros(batch, 1, 1, length, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randint(0, 4096, (batch, length), device=PLACE)
+        mask = torch.zeros(batch, 1, 1, length, device=PLACE, dtype=torch.bfloat16)
 
         def norm(x: Any) -> Any:
             return torch.nn.functional.layer_norm(x, (width,), bias, bias)
@@ -150,8 +151,8 @@ class Case:
         count = min(_MOST_SETS, -(-CACHE_BYTES // weight_bytes), max(1, (8 << 30) // (4 * self.m * self.n)))
         multiply, both = [], []
         for _ in range(count):
-            x = torch.randn(self.m, self.k, device="cuda")
-            held, y = self.device.activations(self.scheme, self.m, self.k), torch.empty(self.m, self.n, device="cuda")
+            x = torch.randn(self.m, self.k, device=PLACE)
+            held, y = self.device.activations(self.scheme, self.m, self.k), torch.empty(self.m, self.n, device=PLACE)
             constants = self._constants()
             library[f"rows_{self.name}"](x, *held)
             multiply.append(_bound(library[f"matmul_{self.name}"], *held, *constants, y))
@@ -159,10 +160,10 @@ class Case:
         theirs = []
         for _ in range(min(4, max(1, -(-CACHE_BYTES // (2 * self.n * self.k))))):
             x, w = (
-                torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+                torch.randn(*shape, device=PLACE, dtype=torch.bfloat16)
                 for shape in ((self.m, self.k), (self.n, self.k))
             )
-            y = torch.empty(self.m, self.n, device="cuda", dtype=torch.bfloat16)
+            y = torch.empty(self.m, self.n, device=PLACE, dtype=torch.bfloat16)
             theirs.append(_product(torch, x, w, y))
         ours, whole, other = self.device.seconds([multiply, both, theirs])
         self.told = f"{self.name} M={self.m}: {1e6 * ours:.1f} us, with rows {1e6 * whole:.1f}, torch {1e6 * other:.1f}"
@@ -188,15 +189,15 @@ class Case:
         block = BITS_BLOCK if one_bit else CODES_BLOCK
         groups, width = padded_k(self.k, scheme.granularity, block)
         words = (scheme.planes, blocks, groups * width // block, *((2,) if one_bit else ()), LANES)
-        bits = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32)
+        bits = torch.randint(-(2**31), 2**31 - 1, words, device=PLACE, dtype=torch.int32)
         # Codes 0 and 1; of bits, the minus ones are among those that are not zero.
         bits = (
             bits & 0x55555555
             if not one_bit
             else torch.stack([bits[:, :, :, 0], bits[:, :, :, 0] & bits[:, :, :, 1]], 3)
         )
-        scale = torch.rand((*((scheme.planes,) if one_bit else ()), groups, blocks * LANES), device="cuda")
-        factor = torch.randint(-15, 16, (scheme.planes, groups, blocks * LANES), device="cuda", dtype=torch.int8)
+        scale = torch.rand((*((scheme.planes,) if one_bit else ()), groups, blocks * LANES), device=PLACE)
+        factor = torch.randint(-15, 16, (scheme.planes, groups, blocks * LANES), device=PLACE, dtype=torch.int8)
         return [bits.contiguous().view(torch.uint32), *([factor] if scheme.planes > 1 and not one_bit else []), scale]
 
 

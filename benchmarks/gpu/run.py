@@ -165,7 +165,10 @@ class Run:
     def sanitize(self) -> None:
         """compute-sanitizer over each kind of kernel, where it is installed."""
         tool = shutil.which("compute-sanitizer")
-        for check in ("memcheck", "racecheck") if tool else ():
+        if tool is None:
+            self.line("sanitizer", tool=None, status="not installed")
+            return
+        for check in ("memcheck", "racecheck"):
             command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.run"]
             command += [str(self.folder), str(self.lines.parent / "sanitized"), "--sanitized"]
             (self.lines.parent / "sanitized").mkdir(exist_ok=True)
@@ -177,8 +180,6 @@ class Run:
             self.line("sanitizer", tool=check, status=status.returncode, said=status.stdout[-400:])
             self.failed += status.returncode == 9
         shutil.rmtree(self.lines.parent / "sanitized", ignore_errors=True)
-        if not tool:
-            self.line("sanitizer", tool=None, status="not installed")
 
     def time(self) -> None:
         """Every timed matrix and number of rows beside torch, in turns; what the budget does not reach is named."""
