@@ -16,7 +16,7 @@ from tests.ternary_matmul import NATIVE
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.errors import OutputError
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
-from tvm_ternary.graph.pipeline import LoweredModel, dump_to, lower
+from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
 from tvm_ternary.ops import linear
 
 PHASES = ["ternarize", "bind", "fuse", "schedule"]
@@ -151,3 +151,8 @@ def test_a_folder_that_has_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "dumps").rmdir()
     with pytest.raises(OutputError, match="dumps"):
         dump("import", import_onnx(mlp()).module)
+
+
+@pytest.mark.parametrize(("dims", "static"), [(None, False), ({"batch": 2}, True)])
+def test_a_model_is_static_when_all_its_sizes_are_numbers(dims: dict[str, int] | None, static: bool) -> None:
+    assert is_static(import_onnx(mlp(), dims).module) == static
