@@ -155,7 +155,7 @@ def gpu_table(artifact: tt.Artifact) -> Table:
     rows = (
         ("machine code for", " and ".join(target.archs)),
         ("kernels", f"{len({kernel.kernel for kernel in kernels})}, no source"),
-        ("a run is", "one CUDA graph" if artifact.manifest.graph else "a launch a kernel"),
+        ("a run is", "recorded as a CUDA graph" if artifact.manifest.graph else "a launch a kernel"),
         ("compiled in", f"{sum(artifact.seconds.values()):.1f} s, by nvcc {target.cuda}"),
         ("to deploy it", f"tvm-ternary package {artifact.path} -o deploy"),
     )

@@ -27,7 +27,7 @@ def test_a_gpu() -> None:
         "machine code for": "sm_80 sm_90",
         "PTX, for later GPUs": "of sm_90",
         "compiled by CUDA": "13.0",
-        "a run is": "launched as one CUDA graph",
+        "a run is": "recorded as a CUDA graph at first",
     }
     without = replace(GPU, target=replace(GPU.target, ptx=None), graph=False)
     assert facts(device_table(without))["PTX, for later GPUs"] == "none"

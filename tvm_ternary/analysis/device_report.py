@@ -15,7 +15,7 @@ def device_table(manifest: Manifest) -> Table:
             ("machine code for", " ".join(target.archs) or "no GPU"),
             ("PTX, for later GPUs", "none" if target.ptx is None else f"of {target.ptx}"),
             ("compiled by CUDA", str(target.cuda)),
-            ("a run is", "launched as one CUDA graph" if manifest.graph else "a launch for each kernel"),
+            ("a run is", "recorded as a CUDA graph at first" if manifest.graph else "a launch for each kernel"),
         ]
     return Table(("", ""), tuple(rows))
 
