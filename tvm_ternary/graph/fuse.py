@@ -19,6 +19,8 @@ def fuse_passes() -> list[Pass]:
         # Operators that exist only as compositions of others (attention, batch norm at inference) become those others.
         transform.DecomposeOpsForInference(),
         transform.CanonicalizeBindings(),
+        # Two reshapes fused with each other would be a copy, which one alone is not.
+        transform.RemoveRedundantReshape(),
         transform.EliminateCommonSubexpr(),
         # Sorting, scans and sampling have no legalization; left to the build they would never meet a schedule.
         backend.DispatchSampling(),

@@ -63,7 +63,10 @@ class Tile:
 
 
 # Largest first. A large tile reads less, a small one gives more blocks.
-TILES = (Tile(16, 16, 4, 4, 16), Tile(8, 16, 4, 2, 32))
+TILES = (Tile(16, 16, 4, 4, 16), Tile(8, 16, 4, 2, 32), Tile(8, 16, 2, 2, 32))
+
+# Where sizes are not known: small enough for one sentence, not too small for many.
+TILE_OF_UNKNOWN = TILES[1]
 
 # Blocks that keep a GPU busy: about one for each multiprocessor.
 ENOUGH_BLOCKS = 128
@@ -94,14 +97,17 @@ def schedule_matmul(program: Program) -> PrimFunc | None:
 
 
 def _choose(found: Matmul) -> Tile:
-    """The largest tile of which there are enough, the smallest where sizes are not known."""
+    """The largest tile of which there are enough, or the smallest; a middle one where sizes are not known."""
 
-    def blocks(tile: Tile) -> int:
+    def blocks(tile: Tile) -> int | None:
         batch = product([axis.extent for axis in found.batch])
         rows = blocks_of([axis.extent for axis in found.rows], tile.height)
-        return static(product([batch, rows, blocks_of([found.column.extent], tile.width)])) or 0
+        return static(product([batch, rows, blocks_of([found.column.extent], tile.width)]))
 
-    return next((tile for tile in TILES if blocks(tile) >= ENOUGH_BLOCKS), TILES[-1])
+    counts = {tile: blocks(tile) for tile in TILES}
+    if None in counts.values():
+        return TILE_OF_UNKNOWN
+    return next((tile for tile, count in counts.items() if (count or 0) >= ENOUGH_BLOCKS), TILES[-1])
 
 
 @dataclass(frozen=True)
