@@ -83,7 +83,7 @@ def _build_cuda(module: tvm.IRModule, target: Mapping[str, Any], cuda_graph: boo
     most = int(target["max_shared_memory_per_block"])
     for kernel, size in shared.sizes.items():
         if size > most:
-            problem = f"needs {size} bytes of shared memory a block; {target['arch']} has {most} at most"
+            problem = f"needs {size} bytes of shared memory a block; there are {most} at most"
             raise OptionError(f"kernel {kernel}", problem, "choose smaller tiles or fewer stages")
     return executable
 
