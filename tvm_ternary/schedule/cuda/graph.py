@@ -17,7 +17,7 @@ from tvm_ternary.errors import UnsupportedOperatorError
 from tvm_ternary.schedule.cpu.inline import read_program
 from tvm_ternary.schedule.cpu.program import Program
 
-from .graph_check import is_alone, is_bound
+from .graph_check import is_alone, is_bound, is_serial
 from .graph_columns import schedule_columns, schedule_fold
 from .graph_matmul import schedule_matmul
 from .graph_points import schedule_points
@@ -79,18 +79,23 @@ def schedule_function(func: tirx.PrimFunc, target: Target, name: str) -> tuple[t
         If nothing binds it to threads.
     """
     program = read_program(func)
-    if program is not None:
-        for source, rule in RULES:
-            made = rule(program)
-            if made is not None:
-                assert is_bound(made), (name, source)
-                return made, source
+    if program is not None and any(map(is_serial, program.stages)):
+        raise _refused(name)
+    for source, rule in RULES:
+        made = None if program is None else rule(program)
+        if made is not None:
+            assert is_bound(made), (name, source)
+            return made, source
     for source, kind in DLIGHT:
         made = _by_dlight(func, target, kind())
         if made is not None and is_bound(made) and not is_alone(made):
             return made, source
+    raise _refused(name)
+
+
+def _refused(name: str) -> UnsupportedOperatorError:
     problem = "is left to no thread, or to one alone, by every schedule for a GPU"
-    raise UnsupportedOperatorError(f"function {name}", problem, "compile for a CPU, or rewrite that part of the model")
+    return UnsupportedOperatorError(f"function {name}", problem, "compile for a CPU, or rewrite that part of the model")
 
 
 def _by_dlight(func: tirx.PrimFunc, target: Target, rule: dlight.ScheduleRule) -> tirx.PrimFunc | None:

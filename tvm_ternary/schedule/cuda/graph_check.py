@@ -11,6 +11,8 @@ import tvm_ffi
 from tvm.s_tir import SBlockRealize
 from tvm.tirx import AllocBuffer, AttrStmt, Bind, For, ForKind, IfThenElse, PrimFunc, SeqStmt
 
+from tvm_ternary.schedule.cpu.program import Stage
+
 _THREADS = ("thread_extent", "virtual_thread")
 
 
@@ -48,3 +50,10 @@ def is_alone(func: PrimFunc) -> bool:
 
     tvm_ffi.structural_walk(func.body, [(For, note), (AttrStmt, note_launch)])
     return all(getattr(extent, "value", None) == 1 for extent in extents)
+
+
+def is_serial(stage: Stage) -> bool:
+    """Whether a stage is one point with loops in it, as a scatter is: no schedule makes it more than one thread's."""
+    loops: list[For] = []
+    tvm_ffi.structural_walk(stage.body, (For, loops.append))
+    return not stage.axes and bool(loops)

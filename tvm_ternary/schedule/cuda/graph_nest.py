@@ -38,6 +38,8 @@ Body = Callable[[Expr], Stmt]
 def bound(tag: str, extent: int | Expr, body: Body) -> Stmt:
     """Write a loop whose iterations are the blocks or threads of one axis of the launch.
 
+    Blocks along x, the outermost axis, are launched only if there are any: for none TVM's runtime would launch one.
+
     Parameters
     ----------
     tag : str
@@ -47,7 +49,11 @@ def bound(tag: str, extent: int | Expr, body: Body) -> Stmt:
     """
     var = Var(tag.replace(".", "_"), INDEX)
     thread = IterVar(None, Var("", INDEX), IterVar.ThreadIndex, tag)
-    return For(var, index(0), index(extent), ForKind.THREAD_BINDING, body(var), thread)
+    launch = For(var, index(0), index(extent), ForKind.THREAD_BINDING, body(var), thread)
+    if tag != "blockIdx.x" or (static(extent) or 0) > 0:
+        return launch
+    # A loop of the host, of one turn or none: below a condition, though the host's, TVM inserts no barriers.
+    return For(Var("any", INDEX), index(0), tirx.min(index(extent), index(1)), ForKind.SERIAL, launch)
 
 
 def unrolled(count: int, body: Body) -> Stmt:
