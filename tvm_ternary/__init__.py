@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvm_ternary import ops as ops
-    from tvm_ternary.build.compiler import Artifact as Artifact
-    from tvm_ternary.build.compiler import compile as compile
+    from tvm_ternary.compiler import Artifact as Artifact
+    from tvm_ternary.compiler import compile as compile
     from tvm_ternary.errors import TernaryError as TernaryError
     from tvm_ternary.formats.scheme import Scheme as Scheme
     from tvm_ternary.formats.ternary import TernaryTensor as TernaryTensor
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 # Public name -> the module that holds it.
 _HOMES = {
-    "Artifact": "tvm_ternary.build.compiler",
+    "Artifact": "tvm_ternary.compiler",
     "Module": "tvm_ternary.runtime.module",
     "Scheme": "tvm_ternary.formats.scheme",
     "TernaryError": "tvm_ternary.errors",
     "TernaryTensor": "tvm_ternary.formats.ternary",
-    "compile": "tvm_ternary.build.compiler",
+    "compile": "tvm_ternary.compiler",
     "load": "tvm_ternary.runtime.module",
     "quantize": "tvm_ternary.quantize.quantizer",
 }

@@ -21,7 +21,7 @@ from tests.reference import (
     with_rounded_activations,
     with_weights,
 )
-from tvm_ternary.build.compiler import compile
+from tvm_ternary.compiler import compile
 from tvm_ternary.runtime.module import load
 
 Feeds = dict[str, np.ndarray]

@@ -191,7 +191,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace, rows: list[int], target: Target) -> Sequence[Task]:
-    from tvm_ternary.build.compiler import DEFAULT_SCHEME
+    from tvm_ternary.compiler import DEFAULT_SCHEME
     from tvm_ternary.tuning.extract import linear_tasks, model_tasks
 
     scheme = args.scheme or DEFAULT_SCHEME

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.errors import ModelError
+from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.graph.onnx.bind import bind_constants
 from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension
 from tvm_ternary.graph.onnx.dimensions import fix_dimensions, name_dimensions, real_inputs, symbolic_dimensions
@@ -35,8 +36,9 @@ class ImportedModel:
     module : tvm.IRModule
         One function ``main``: first the model's inputs, then its matrices as parameters; gives a tuple of the outputs.
         Every multiplication of activations by a matrix is ``R.matmul(x, W)`` with W a parameter.
-    params : dict[str, np.ndarray]
-        The matrices by name, (K, N) float32, in the order of the parameters.
+    params : mapping of str to np.ndarray
+        The matrices by name, (K, N) float32, in the order of the parameters. One of a checkpoint is read, and widened
+        or dequantized, when it is asked for, and not kept.
     inputs, outputs : tuple[TensorSpec, ...]
         Names, dtypes and shapes; a dimension is a number, a symbolic dimension's name, or arithmetic over such names.
         The module is right for symbolic dimensions of at least 1, and at most what ``bounds`` says.
@@ -50,10 +52,12 @@ class ImportedModel:
         Other float weights of two or more dimensions, which stay float, and why.
     tables : dict[str, relax.Expr]
         The constants of ``main`` that embeddings and others are, by name.
+    ternary : mapping of str to TernaryTensor
+        Those of ``params`` that are ternary in the file already, (N, K); read when they are asked for.
     """
 
     module: tvm.IRModule
-    params: dict[str, np.ndarray]
+    params: Mapping[str, np.ndarray]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     name: str
@@ -61,6 +65,14 @@ class ImportedModel:
     embeddings: dict[str, tuple[int, ...]]
     others: dict[str, tuple[tuple[int, ...], str]]
     tables: dict[str, relax.Expr]
+    ternary: Mapping[str, TernaryTensor] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """N and K of each matrix, in the order of ``params``, without reading any."""
+        main = self.module["main"]
+        weights = main.params[int(main.attrs["num_input"]) :]
+        return {var.name: (int(var.ty.shape.values[1]), int(var.ty.shape.values[0])) for var in weights}
 
 
 def import_onnx(

@@ -78,7 +78,7 @@ def model_tasks(
         a scheme or is of several GPU architectures.
     """
     imported = import_onnx(Path(model), dims, constants)
-    plan = make_plan({name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers)
+    plan = make_plan(imported.shapes, scheme, layers)
     schemes = {row.name: row.scheme for row in plan if row.scheme is not None}
     tasks: dict[Task, None] = {}
     sizes = {name: _matrix_shape(imported.params[name].T, own) for name, own in schemes.items()}

@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from tests.models import gpt2
-from tvm_ternary.build.compiler import compile
+from tvm_ternary.compiler import compile
 from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.runtime.module import load

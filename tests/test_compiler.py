@@ -21,7 +21,7 @@ from tests.models import FLOAT, GraphBuilder, gpt2, mlp
 from tests.reference import relative_error, run_onnxruntime
 from tests.ternary_matmul import NATIVE, TARGETS, unrunnable
 from tvm_ternary.build import weights as places
-from tvm_ternary.build.compiler import DEFAULT_SCHEME, Artifact, compile
+from tvm_ternary.compiler import DEFAULT_SCHEME, Artifact, compile
 from tvm_ternary.errors import ModelError, OptionError, OutputError, TernaryError
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.module import load

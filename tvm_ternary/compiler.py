@@ -152,16 +152,14 @@ def compile(
     with stages.stage("import"):
         imported = import_onnx(source, dims, constants)
         dump("import", imported.module)
-        plan = make_plan(
-            {name: (w.shape[1], w.shape[0]) for name, w in imported.params.items()}, scheme, layers, packing
-        )
+        plan = make_plan(imported.shapes, scheme, layers, packing)
         for chosen in (row.scheme for row in plan if row.scheme is not None):
             require_device(chosen.activation_bits, resolved.kind, packing)
     with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
         quantized, errors = _quantize(imported.params, plan, method, packing, step)
     with stages.stage("lower"):
         size = sum(layer.packed_bytes for layer in quantized.values())
-        size += sum(array.nbytes for name, array in imported.params.items() if name not in quantized)
+        size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
         size += sum(_bytes(table) for table in imported.tables.values())
         beside = weights_lie_beside(size, weights)
         lowered = lower(imported, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
@@ -218,7 +216,7 @@ def _manifest(
     scheme: str,
 ) -> Manifest:
     params, kernels = lowered.ternary.params, lowered.ternary.kernels
-    before = sum(array.nbytes for array in imported.params.values()) + _constant_bytes(imported.module)
+    before = sum(4 * n * k for n, k in imported.shapes.values()) + _constant_bytes(imported.module)
     after = sum(array.nbytes for array in params.values()) + _constant_bytes(lowered.ternary.module)
     rest = "a float table, read by rows"
     tables = {name: (shape, rest) for name, shape in imported.embeddings.items()} | imported.others
