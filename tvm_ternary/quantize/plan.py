@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.formats import BITS_BLOCK, CODES_BLOCK, DENSE_BLOCK, SHARED_SCALES, Scheme, padded_k, require_packing
+from tvm_ternary.formats import (
+    BITS_BLOCK,
+    CODES_BLOCK,
+    DENSE_BLOCK,
+    MAX_PLANES,
+    SHARED_SCALES,
+    PerChannel,
+    Scheme,
+    padded_k,
+    require_packing,
+)
+from tvm_ternary.quantize.blocks import OUTPUT, find_places
 
 GROUPS: dict[str, str] = {
     "all": r"",
@@ -21,6 +32,8 @@ GROUPS: dict[str, str] = {
     ),
 }
 """Words that stand for a pattern over matrix names, in the spellings of common exporters."""
+
+_PLANES = re.compile(rf"t([1-{MAX_PLANES}])")
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,15 @@ class LayerPlan:
         None leaves it float.
     reason : str or None
         Why it stays float.
+    rule : str
+        What decided: the entry of ``layers``, or where the matrix stands in the model.
     """
 
     name: str
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str | None
+    rule: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,11 @@ class LayerRule:
     text: str
     pattern: re.Pattern[str]
     scheme: Scheme
+
+    @property
+    def is_word(self) -> bool:
+        """Whether it is one of `GROUPS`, which say nothing about the edges of a model."""
+        return self.text in GROUPS
 
 
 def parse_layers(layers: str | Sequence[str] | Mapping[str, str], scheme: str | Scheme) -> list[LayerRule]:
@@ -83,42 +104,102 @@ def make_plan(
     scheme: str | Scheme,
     layers: str | Sequence[str] | Mapping[str, str] = "all",
     packing: str = "fast",
+    *,
+    edges: str = "same",
+    output: str = "same",
 ) -> list[LayerPlan]:
     """Decide for each matrix.
 
     Parameters
     ----------
     matrices : mapping of name to (N, K)
+        In the order of their use.
     scheme, layers
         As in `parse_layers`.
     packing : str
         A key of `formats.PACKINGS`.
+    edges, output : str
+        What the matrices of the first and last block, and those behind the blocks, become where a word of ``layers``
+        chose them; see `parse_place`. A matrix that a regular expression chose becomes what that says.
 
     Raises
     ------
     OptionError
-        If an entry of ``layers`` matches no matrix, the message lists the names; or if the packing does not exist for
-        one of the schemes.
+        If an entry of ``layers`` matches no matrix, the message lists the names; if ``edges`` or ``output`` cannot be
+        read; or if the packing does not exist for one of the schemes.
     """
     rules = parse_layers(layers, scheme)
+    for text, option in ((edges, "edges"), (output, "output")):
+        parse_place(option, text, Scheme(1, 8, PerChannel()))
     for rule in rules:
         require_packing(packing, rule.scheme.activation_bits)
         if rule.text != "all" and not any(rule.pattern.search(name) for name in matrices):
             known = ", ".join(matrices) or "none"
             raise OptionError(f"layers {rule.text!r}", "matches no matrix of the model", f"matrices are: {known}")
-    return [_decide(name, shape, rules, packing) for name, shape in matrices.items()]
+    places = find_places(matrices)
+    return [
+        _decide(name, shape, rules, packing, places.get(name), {"edges": edges, "output": output})
+        for name, shape in matrices.items()
+    ]
 
 
-def _decide(name: str, shape: tuple[int, int], rules: Sequence[LayerRule], packing: str) -> LayerPlan:
+def parse_place(option: str, text: str, scheme: Scheme) -> Scheme | None:
+    """Read what matrices at an edge of the model become.
+
+    Parameters
+    ----------
+    option : str
+        What errors call it.
+    text : str
+        ``same`` (the scheme of the others), ``float``, a scheme, or only its planes: ``t4`` keeps the activations and
+        the granularity.
+    scheme : Scheme
+        That of the others.
+
+    Returns
+    -------
+    Scheme or None
+        None is float.
+
+    Raises
+    ------
+    OptionError
+        If it is none of these.
+    """
+    if text in ("same", "float"):
+        return scheme if text == "same" else None
+    if match := _PLANES.fullmatch(text):
+        return replace(scheme, planes=int(match[1]))
+    try:
+        return Scheme.parse(text)
+    except OptionError:
+        problem = f"got {text!r}; expected float, same, planes alone (t4) or a scheme"
+        raise OptionError(option, problem, "for example t4, or t4a8g64") from None
+
+
+def _decide(
+    name: str,
+    shape: tuple[int, int],
+    rules: Sequence[LayerRule],
+    packing: str,
+    place: str | None,
+    policy: Mapping[str, str],
+) -> LayerPlan:
     rule = next((rule for rule in rules if rule.pattern.search(name)), None)
     if rule is None:
         return LayerPlan(name, shape, None, "not chosen by layers")
-    ternary, dense = packed_bits(shape, rule.scheme, packing), 32 * shape[0] * shape[1]
+    scheme, why = rule.scheme, f"layers {rule.text}"
+    if place is not None and rule.is_word:
+        option = "output" if place == OUTPUT else "edges"
+        chosen = parse_place(option, policy[option], rule.scheme)
+        if chosen is None:
+            return LayerPlan(name, shape, None, f"{place}: --{option} is float")
+        scheme, why = chosen, why if policy[option] == "same" else f"{place}: --{option} is {policy[option]}"
+        require_packing(packing, scheme.activation_bits)
+    ternary, dense = packed_bits(shape, scheme, packing), 32 * shape[0] * shape[1]
     if ternary >= dense:
-        return LayerPlan(
-            name, shape, None, f"{rule.scheme} would take {ternary // 8} bytes, float32 takes {dense // 8}"
-        )
-    return LayerPlan(name, shape, rule.scheme, None)
+        return LayerPlan(name, shape, None, f"{scheme} would take {ternary // 8} bytes, float32 takes {dense // 8}")
+    return LayerPlan(name, shape, scheme, None, why)
 
 
 def packed_bits(shape: tuple[int, int], scheme: Scheme, packing: str = "fast") -> int:
