@@ -2,7 +2,7 @@
 
 1 ternarize   tables become parameters as matrices are, planned matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
-3 fuse        every other operator becomes TensorIR, element-wise chains are merged
+3 fuse        every other operator becomes TensorIR, element-wise chains are merged; on a GPU moves too
 4 schedule    every function that is not scheduled yet gets a schedule for the target
 """
 
@@ -20,6 +20,7 @@ from tvm_ternary.files import atomic_path
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.lift_tables import lift_tables
+from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
 from tvm_ternary.schedule import cpu
 from tvm_ternary.schedule.cuda import graph as cuda
@@ -74,6 +75,8 @@ def lower(
     module = _bind(ternary) if bind_weights else ternary.module
     dump("bind", module)
     module = lower_graph_ops(module)
+    if target.kind == "cuda":
+        module = read_through(module)
     dump("fuse", module)
     rules = cuda if target.kind == "cuda" else cpu
     module, schedules = rules.schedule_module(module, tvm.target.Target(target.tvm))

@@ -22,6 +22,7 @@ from tests.schedule.cpu.graphs import EPSILON, Array, Build, make_graph, normal,
 from tvm_ternary.errors import UnsupportedOperatorError
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.importer import import_onnx
+from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.pipeline import lower
 from tvm_ternary.schedule.cuda.graph import schedule_module
 from tvm_ternary.target import resolve
@@ -47,7 +48,7 @@ class Cases:
 
         self.names = tuple(builds)
         lowered = lower_graph_ops(make_graph(build, *inputs))
-        self.module, self.sources = schedule_module(lowered, TARGET)
+        self.module, self.sources = schedule_module(read_through(lowered), TARGET)
         self.plain = relax.VirtualMachine(tvm.compile(lowered, target="llvm"), tvm.cpu())["main"]
 
     def results(self, gpu: Worker, *arrays: Array) -> Iterable[tuple[str, Array, Array]]:
@@ -150,6 +151,23 @@ def test_products(gpu: Worker) -> None:
         shapes = (b, k, m), (b, k, n), (b, m, k), (b, n, k), (k,)
         integers = np.random.default_rng(k).integers(-(2**30), 2**30, (m, k))
         cases.check(gpu, *(normal(i, *shape) for i, shape in enumerate(shapes)), integers, terms=4 * k)
+
+
+@pytest.mark.parametrize("length", ["s", 33])
+def test_products_of_moved_factors(gpu: Worker, length: int | str) -> None:
+    """Projections of attention are read as they lie; no kernel moves them."""
+
+    def build(emit: Any, q: Any, k: Any, v: Any) -> Any:
+        scores = emit(op.matmul(op.permute_dims(q, [0, 2, 1, 3]), op.permute_dims(k, [0, 2, 3, 1])))
+        return op.matmul(op.nn.softmax(scores), op.permute_dims(v, [0, 2, 1, 3]))
+
+    cases = Cases(
+        {"attention": build, "same": lambda emit, q, k, v: op.matmul(q, op.permute_dims(q, [0, 1, 3, 2]))},
+        *[tensor((2, length, 4, 8))] * 3,
+    )
+    assert sorted(cases.sources.values()) == ["rule:matmul"] * 3 + ["rule:rows"]
+    for s in (1, 7, 33) if length == "s" else (33,):
+        cases.check(gpu, *(normal(n, 2, s, 4, 8) for n in range(3)), terms=64)
 
 
 @pytest.mark.parametrize("width", [8, 9])

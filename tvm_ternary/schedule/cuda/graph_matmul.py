@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.sym import detect_linear_equation
 from tvm.tirx import BufferStore, For, ForKind, PrimFunc, Stmt, Var
 
+from tvm_ternary.schedule.cpu.inline import read_program
 from tvm_ternary.schedule.cpu.matmul import read_matmul
 from tvm_ternary.schedule.cpu.nest import decompose, index, product, scope, sequence, static, substitute
-from tvm_ternary.schedule.cpu.program import Program, innermost, loads, uses
+from tvm_ternary.schedule.cpu.program import Axis, Program, innermost, loads, uses
 from tvm_ternary.schedule.cpu.tiles import Matmul
 
 from .graph_nest import blocks_of, bound, guarded, local, shared, unrolled
@@ -94,6 +96,32 @@ def schedule_matmul(program: Program) -> PrimFunc | None:
     if rows is not None and rows < FEWEST_ROWS:
         return None
     return program.with_nest(_Kernel(found, _choose(found)).nest())
+
+
+def reads_side_by_side(func: PrimFunc) -> bool:
+    """Whether a function becomes a tiled product in which neighbouring threads read neighbouring elements of factors.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        Not yet scheduled.
+    """
+    program = read_program(func)
+    found = None if program is None else read_matmul(program)
+    if found is None or program is None or schedule_matmul(program) is None:
+        return False
+
+    def along(factor: Expr, axes: Sequence[Axis]) -> bool:
+        places = [innermost(load) for load in loads(factor)]
+        return all(any(place is not None and _steps_by_one(place, axis) for axis in axes) for place in places)
+
+    last_row = found.rows[-1:]
+    return along(found.left, [found.inner, *last_row]) and along(found.right, [found.inner, found.column])
+
+
+def _steps_by_one(place: Expr, axis: Axis) -> bool:
+    linear = detect_linear_equation(place, [axis.var])
+    return len(linear) == 2 and static(linear[0]) == 1
 
 
 def _choose(found: Matmul) -> Tile:
