@@ -16,7 +16,7 @@ import pytest
 from tests.build.test_agreement import PARAPHRASE, SILERO, Source, errors, sounds, tokens, vectors
 from tests.cuda_emulator import fake_gpu
 from tests.models import gpt2, llama, mlp
-from tvm_ternary.build import compiler
+from tvm_ternary import compiler
 from tvm_ternary.errors import OptionError
 from tvm_ternary.runtime.manifest import Manifest
 from tvm_ternary.runtime.module import load

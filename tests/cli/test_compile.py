@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tvm_ternary.compiler import DEFAULT_SCHEME
 from tvm_ternary.cli import main
+from tvm_ternary.compiler import DEFAULT_SCHEME
 from tvm_ternary.graph.onnx.read import read_model
 from tvm_ternary.quantize import METHODS
 from tvm_ternary.runtime.module import load
