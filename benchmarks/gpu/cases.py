@@ -1,13 +1,16 @@
-"""What the GPU benchmark builds, checks, times and asks for. Imports nothing, as it runs on both hosts."""
+"""What the GPU benchmark builds, checks, times and asks for. Imports nothing of ours, as it runs on both hosts."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 ARCH = "sm_90"
 
 # out_features x in_features.
 TIMED_SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))
+# What is asked for comes first, and is timed first.
 TIMED_SCHEMES = ("t1a8", "t1a16", "t1a8g128", "t2a8g128", "t1abf16", "t1a1")
-# Only the first two schemes for all shapes; the others for the first.
+ASKED_SCHEMES = TIMED_SCHEMES[:2]
 TIMED_ROWS = (1, 8, 16, 128, 512, 4096)
 
 # Ragged ones, small ones, several planes, groups that divide nothing.
@@ -23,33 +26,85 @@ CHECKED = (
 )
 CHECKED_ROWS = (1, 3, 8, 16, 17, 33, 64, 100, 128, 512, 1000)
 
-# The demo model: batch, length, scheme.
-MODELS = ((1, 128, "t3a8g64"), (8, 128, "t3a8g64"), (1, 128, "t2a16g64"))
-VOCABULARY = 4096
+# The demo model: batch, length, scheme. Zeros: both are chosen at every run, and so there is no CUDA graph.
+MODELS = ((1, 128, "t3a8g64"), (8, 128, "t3a8g64"), (1, 128, "t2a16g64"), (0, 0, "t3a8g64"))
+FREE_SIZES = ((1, 128), (2, 37))
+VOCABULARY = 1024
 """Its table of words is cut to so many, which is what travels; all else is the model's own."""
 
 REQUIRED = (
     ("copy", "M = 1, t1a16 and t1a8, matrices over 16 MB read: share of the measured copy bandwidth", 0.8),
     ("rows1", "M = 1, t1a16 and t1a8: over torch bf16", 4.0),
-    ("rows8", "M = 8, 16: over torch bf16", 3.0),
+    ("rows8", "M = 8, 16, t1a16 and t1a8: over torch bf16", 3.0),
     ("rows128", "M = 128, t1a8: over torch bf16", 1.5),
+    ("rows512", "M = 512, t1a8: over torch bf16", 1.0),
     ("rows4096", "M = 4096, t1a8: over torch bf16", 1.0),
-    ("model", "demo model end to end, CUDA graph: over torch bf16 eager", 2.0),
+    ("model", "demo models of fixed sizes end to end, CUDA graph: over torch bf16 eager", 2.0),
     ("gemlite", "over gemlite, the same shapes", 1.0),
     ("bitblas", "over bitblas, the same shapes", 1.0),
 )
 
 
-def timed() -> list[tuple[int, int, str]]:
-    """The matrices that are timed: N, K, scheme."""
-    return [
+Matrix = tuple[int, int, str]
+"""N, K, scheme."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is built and done; it travels with what was built.
+
+    Attributes
+    ----------
+    checked : tuple of Matrix
+        Small ones, with numbers of rows ``checked_rows``.
+    timed : tuple of Matrix
+        Large ones, in the order in which they are checked and timed with ``timed_rows``.
+    models : tuple of (int, int, str)
+        Batch, length, scheme.
+    free_sizes : tuple of (int, int)
+        What a model of any sizes is checked with.
+    words : int
+        Of the models' table.
+    """
+
+    checked: tuple[Matrix, ...]
+    checked_rows: tuple[int, ...]
+    timed: tuple[Matrix, ...]
+    timed_rows: tuple[int, ...]
+    models: tuple[tuple[int, int, str], ...]
+    free_sizes: tuple[tuple[int, int], ...] = FREE_SIZES
+    words: int = VOCABULARY
+
+
+def timed() -> tuple[Matrix, ...]:
+    """The matrices that are timed, in that order."""
+    return tuple(
         (n, k, scheme)
-        for number, (n, k) in enumerate(TIMED_SHAPES)
-        for place, scheme in enumerate(TIMED_SCHEMES)
-        if number == 0 or place < 2
-    ]
+        for asked in (True, False)
+        for n, k in TIMED_SHAPES
+        for scheme in TIMED_SCHEMES
+        if (scheme in ASKED_SCHEMES) == asked
+    )
+
+
+ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS)
 
 
 def name_of(n: int, k: int, scheme: str) -> str:
     """The name of a matrix's functions, ``rows_`` and ``matmul_`` before it."""
     return f"{scheme}_{n}x{k}"
+
+
+def model_name(batch: int, length: int, scheme: str) -> str:
+    """The name of a demo model's file."""
+    return f"demo_{f'{batch}x{length}' if batch else 'any'}_{scheme}"
+
+
+def cpu_scheme(scheme: str) -> str:
+    """The same on a CPU, where activations of 16 bits have 32."""
+    return scheme.replace("a16", "a32").replace("abf16", "a32")
+
+
+def cpu_name(scheme: str) -> str:
+    """The name of the file that computes the same on a CPU."""
+    return f"cpu_{cpu_scheme(scheme)}"

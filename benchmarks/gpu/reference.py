@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.formats import (
+    CODES_BLOCK,
     PerGroup,
     Scheme,
     TernaryTensor,
+    group_segments,
     pack_bits,
     pack_codes,
     pack_planes,
@@ -21,7 +23,10 @@ from tvm_ternary.formats import (
 )
 
 UNIT = 2.0**-24
+TINY = 1e-30
 SMALLEST = np.float32(2.0**-100)
+_SCALINGS = 8
+_CLEARANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def rounded(x: npt.NDArray[np.float32], scheme: Scheme) -> npt.NDArray[np.float6
         size = np.abs(x.astype(np.float64))
         kept = size > size.mean(axis=1, keepdims=True) / 2
         scale = np.where(kept, size, 0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
-        return np.sign(x) * kept * scale[:, None]
+        result: npt.NDArray[np.float64] = np.sign(x) * kept * scale[:, None]
+        return result
     k = x.shape[1]
     width = scheme.granularity.group_size(k) if isinstance(scheme.granularity, PerGroup) else k
     result = np.empty(x.shape, np.float64)
@@ -89,7 +95,39 @@ def rounded(x: npt.NDArray[np.float32], scheme: Scheme) -> npt.NDArray[np.float6
     return result
 
 
+def random_activations(m: int, k: int, scheme: Scheme, generator: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Normal numbers (M, K), none of which a last place of float32 could round to another trit."""
+    x = generator.standard_normal((m, k)).astype(np.float32)
+    if scheme.activation_bits == 1:
+        size = np.abs(x)
+        limit = size.mean(axis=1, keepdims=True, dtype=np.float64) / 2
+        x[np.abs(size - limit) < _CLEARANCE * limit] = 0
+    return x
+
+
+def roundings(k: int, scheme: Scheme) -> float:
+    """By what share of a sum's terms float32 may change it: a rounding for each term that is added as a float and for
+    each scaling (Higham 2002, lemma 3.1). Whole numbers are added exactly, so that of 8 bits and 1 bit a term is all
+    that shares a scale.
+    """
+    bits, groups = scheme.activation_bits, scheme.granularity.groups(k)
+    if bits == 16:
+        count = k * scheme.planes
+    elif bits == 8:
+        count = groups * group_segments(scheme.granularity.group_size(k), CODES_BLOCK)[0]
+    else:
+        count = groups * scheme.planes
+    unit = (count + _SCALINGS) * UNIT
+    return unit / (1 - unit)
+
+
+def scale_roundings(k: int, scheme: Scheme) -> float:
+    """By what share of itself a result may differ because its activations' scale is a mean of K floats (1 bit)."""
+    return (k + _SCALINGS) * UNIT if scheme.activation_bits == 1 else 0.0
+
+
 def bound(x: npt.NDArray[np.float64], matrix: Matrix) -> npt.NDArray[np.float64]:
-    """What float32 may change of a product: a rounding for each term, sum and scaling (Higham 2002, lemma 3.1)."""
-    roundings = (x.shape[1] + 8) * UNIT
-    return roundings / (1 - roundings) * (np.abs(x) @ matrix.sizes.T) + 1e-30
+    """What float32 may change of a product."""
+    k = x.shape[1]
+    limit = roundings(k, matrix.scheme) * (np.abs(x) @ matrix.sizes.T) + TINY
+    return limit + scale_roundings(k, matrix.scheme) * np.abs(x @ matrix.dense.T)

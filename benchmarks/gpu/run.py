@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.gpu.cases import ARCH, CHECKED, CHECKED_ROWS, MODELS, name_of
-from benchmarks.gpu.kernels import Kernels
-from benchmarks.gpu.reference import bound, random_matrix, rounded
+import tvm_ternary as tt
+from benchmarks.gpu import peers
+from benchmarks.gpu.cases import ARCH, Cases, cpu_name, name_of
+from benchmarks.gpu.models import inputs_of, random_sentences
+from benchmarks.gpu.phases import AGAIN, WRONG
+from benchmarks.gpu.reference import bound, random_activations, random_matrix, rounded
+from benchmarks.gpu.results import FACTS, Results, known_cases, known_facts
+from benchmarks.gpu.sanitizer import sanitize
 from benchmarks.gpu.table import render
-from tvm_ternary.errors import TernaryError
 from tvm_ternary.runtime.driver import read_devices
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.device import Device
-
 LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_cuda.so", "libcudart.so.13")
-MODEL_ERROR = {"a8": 2e-2, "a16": 1e-2}
-"""Relative in norm, against the CPU's outputs: int8 may round another way, 16 bits round at all."""
+_CHECK_SECONDS = 100.0
+_GRACE_SECONDS = 30.0
+# What times leave for the sanitizer and the peers.
+_KEPT_SECONDS = 150.0
+_PEER_SECONDS = 120.0
+# They do what earlier processes have not begun.
+_GOES_ON = ("times",)
 
 
 def main() -> int:
@@ -38,158 +40,137 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing new is begun")
     parser.add_argument("--checks-only", action="store_true", help="no times, so that torch is not needed")
-    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     started = time.monotonic()
-    missing = [name for name in (*LIBRARIES, "kernels.so", "facts.json") if not (args.folder / name).is_file()]
+    missing = [name for name in (*LIBRARIES, "kernels.so", FACTS) if not (args.folder / name).is_file()]
     if missing:
         print(f"{args.folder}: lacks {', '.join(missing)}; run 'benchmarks/gpu.sh build' anew", file=sys.stderr)
         return 1
     for name, variable in zip(LIBRARIES, ("RUNTIME", "RUNTIME_CUDA", "CUDART"), strict=True):
         os.environ.setdefault(f"TVM_TERNARY_{variable}", str(args.folder / name))
     found = read_devices()
-    gpu = next((gpu for gpu in found.gpus if gpu.arch == ARCH), None)
-    if gpu is None:
-        why = found.library or found.initialization or ", ".join(map(str, found.gpus)) or "none listed"
-        print(f"{args.folder}: whole, its references work: {_try_references()}")
+    if not found.gpus or found.gpus[0].arch != ARCH:
+        why = found.library or found.initialization or ", ".join(map(str, found.gpus[:1])) or "none listed"
+        without_gpu(args.folder)
         print(f"no GPU of {ARCH} here ({why}): nothing was checked on one and nothing was measured", file=sys.stderr)
         return 2
-    bench = Run(args.folder, args.out, started + args.budget, gpu.name, args.checks_only)
-    if args.sanitized:
-        return bench.small()
-    return bench.all()
+    timed_too = not args.checks_only
+    if timed_too and importlib.util.find_spec("torch") is None:
+        print("there is no torch: nothing will be timed", file=sys.stderr)
+        timed_too = False
+    return Visit(args.folder, args.out, started + args.budget, found.gpus[0].name).all(timed_too)
 
 
-def _try_references() -> str:
+def without_gpu(folder: Path) -> None:
+    """Try what needs no GPU, and say so: files, packages, kernels by name, references, the models for the CPU."""
+    cases = known_cases(folder)
+    names = [f"{kind}_{name_of(*case)}" for case in (*cases.timed, *cases.checked) for kind in ("rows", "matmul")]
+    content = (folder / "kernels.so").read_bytes()
+    absent = [name for name in names if name.encode() not in content]
+    assert not absent, f"kernels.so lacks {', '.join(absent)}"
+    print(f"kernels.so has its {len(set(names))} functions")
+    there = [name for name in ("tvm_ffi", "torch", "triton", "gemlite", "bitblas") if importlib.util.find_spec(name)]
+    print(f"Python {sys.version.split()[0]} finds {', '.join(there) or 'no package'}")
+    print(f"references: {_try_references(cases)} matrices, two ways to each product agree")
+    for scheme in dict.fromkeys(scheme for *_, scheme in cases.models):
+        module = tt.load(folder / f"{cpu_name(scheme)}.so")
+        sentences = random_sentences(*cases.free_sizes[-1], cases.words)
+        outputs = module.run(None, inputs_of(module, sentences))
+        assert all(np.isfinite(output).all() for output in outputs)
+        print(f"{cpu_name(scheme)}: ran on the CPU with the runtime that travels")
+
+
+def _try_references(cases: Cases) -> int:
     """Prove the references' arithmetic where there is no GPU to compare with: two ways to one product."""
     generator = np.random.default_rng(0)
-    for n, k, text in CHECKED:
+    for n, k, text in cases.checked:
         matrix = random_matrix(n, k, text, generator)
-        x = generator.standard_normal((3, k)).astype(np.float32)
+        x = random_activations(3, k, matrix.scheme, generator)
         exact = rounded(x, matrix.scheme)
-        single = exact.astype(np.float32) @ matrix.dense.T.astype(np.float32)
-        assert (np.abs(single - exact @ matrix.dense.T) <= 4 * bound(exact, matrix)).all(), text
-    return f"{len(CHECKED)} matrices"
+        want = (exact[:, None, :] * matrix.dense).sum(axis=-1)
+        assert (np.abs(exact @ matrix.dense.T - want) <= bound(exact, matrix)).all(), text
+    return len(cases.checked)
 
 
-class Run:
-    """A visit to a GPU."""
+class Visit:
+    """A visit to a GPU.
 
-    def __init__(self, folder: Path, out: Path, end: float, gpu: str, checks_only: bool) -> None:
-        self.folder, self.end, self.kernels = folder, end, Kernels(folder)
-        short = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-        self.lines = out / f"cuda-{short}.jsonl"
-        self.facts = {"gpu": gpu, **json.loads((folder / "facts.json").read_text())}
-        self.lines.write_text("")
-        self.failed, self.checks_only = 0, checks_only
+    Parameters
+    ----------
+    folder : Path
+        What was built.
+    out : Path
+        Where lines and the table go.
+    end : float
+        On the monotonic clock: nothing new is begun after it.
+    gpu : str
+        Its name.
+    """
 
-    @cached_property
-    def timing(self) -> Device:
-        """What needs torch."""
-        from benchmarks.gpu.device import Device
+    def __init__(self, folder: Path, out: Path, end: float, gpu: str) -> None:
+        self.folder, self.out, self.end = folder, out, end
+        self.results = Results(out, gpu, known_facts(folder))
+        self.results.begin()
+        self.failed: list[str] = []
 
-        device = Device(self.folder)
-        self.facts |= device.facts()
-        return device
-
-    def line(self, kind: str, **values: Any) -> None:
-        """Add a line of results; it counts even if the next step brings the process down."""
-        with self.lines.open("a") as stream:
-            stream.write(json.dumps({"kind": kind, **values, **self.facts}) + "\n")
-
-    def all(self) -> int:
-        """Everything, the most important first."""
-        print(f"checks on {self.facts['gpu']}", flush=True)
-        for n, k, text in CHECKED:
-            self.check(n, k, text, CHECKED_ROWS)
-        self.models()
-        if not self.failed and not self.checks_only:
-            self.sanitize()
-            self.time()
-        self.lines.with_suffix(".md").write_text(render(self.lines))
-        print(self.lines.with_suffix(".md").read_text())
-        print(f"{self.lines}: {self.failed} checks failed")
+    def all(self, timed_too: bool) -> int:
+        """Everything, the most important first; the exit status."""
+        print(f"{self.results.facts['gpu']}, built from {self.results.facts['commit']}", flush=True)
+        right = self._phase("kernels", _CHECK_SECONDS)
+        models_right = self._phase("models", _CHECK_SECONDS)
+        if timed_too and right:
+            self._phase("ceilings", _CHECK_SECONDS)
+            if models_right:
+                self._phase("model-times", _CHECK_SECONDS)
+            self._phase("times", self.left() - _KEPT_SECONDS)
+        if right:
+            self._sanitize()
+        if timed_too and right:
+            self._peers()
+        self.results.table.write_text(render(self.results.path))
+        print(self.results.table.read_text())
+        print(f"{self.results.path}: {', '.join(self.failed) or 'nothing'} failed")
         return 1 if self.failed else 0
 
-    def small(self) -> int:
-        """What runs under compute-sanitizer: each kind of kernel on a few rows."""
-        for n, k, text in CHECKED[:6]:
-            self.check(n, k, text, (3, 33))
-        return 1 if self.failed else 0
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
 
-    def check(self, n: int, k: int, text: str, rows: tuple[int, ...]) -> None:
-        """Compare with the reference, each number of rows on fresh data and over poison."""
-        generator = np.random.default_rng()
-        matrix = random_matrix(n, k, text, generator)
-        call = self.kernels.matmul(name_of(n, k, text), matrix.scheme, n, k, matrix.packed)
-        for m in rows:
-            x = generator.standard_normal((m, k)).astype(np.float32)
-            exact = rounded(x, matrix.scheme)
-            got = call(x)
-            wrong = ~(np.abs(got - exact @ matrix.dense.T) <= bound(exact, matrix))
-            self.line("check", case=name_of(n, k, text), m=m, wrong=int(wrong.sum()))
-            if wrong.any():
-                self.failed += 1
-                print(f"WRONG {name_of(n, k, text)}, {m} rows: {wrong.sum()} of {wrong.size}", flush=True)
-
-    def models(self) -> None:
-        """The demo models against what a CPU made of the same inputs, and their times."""
-        import tvm_ternary as tt
-
-        for batch, length, scheme in MODELS:
-            name = f"demo_{batch}x{length}_{scheme}"
+    def _phase(self, name: str, seconds: float) -> bool:
+        """Do a phase in a process of its own; again, where it says that what is left can be tried."""
+        end, right = time.monotonic() + min(seconds, self.left()), True
+        while True:
+            left = max(end - time.monotonic(), 0.0)
+            command = [sys.executable, "-m", "benchmarks.gpu.phases", name, str(self.folder), str(self.out), str(left)]
             try:
-                module = tt.load(self.folder / f"{name}.so", device="cuda")
-            except TernaryError as error:
-                self.failed += 1
-                print(f"WRONG {error}", flush=True)
-                continue
-            with np.load(self.folder / f"{name}.npz") as saved:
-                inputs = {spec.name: saved[spec.name] for spec in module.inputs}
-                wanted = [saved[f"out:{spec.name}"] for spec in module.outputs]
-            worst = 0.0
-            for _ in range(3):
-                for got, want in zip(module.run(None, inputs), wanted, strict=True):
-                    worst = max(worst, float(np.linalg.norm(got.astype(float) - want) / max(np.linalg.norm(want), 1)))
-            most = MODEL_ERROR["a16" if "a16" in scheme else "a8"]
-            self.line("model check", case=name, error=worst, most=most)
-            print(f"{name}: error {worst:.1e}", flush=True)
-            if not worst <= most:
-                self.failed += 1
-            elif not self.checks_only:
-                seconds = module.time(inputs, repeat=50, number=10).median
-                eager = self.timing.bert(batch, length)
-                self.line("model", case=name, seconds=seconds, torch_bf16_eager=eager)
-                print(f"{name}: {1e6 * seconds:.0f} us, torch bf16 eager {1e6 * eager:.0f}", flush=True)
-
-    def sanitize(self) -> None:
-        """compute-sanitizer over each kind of kernel, where it is installed."""
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            self.line("sanitizer", tool=None, status="not installed")
-            return
-        for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.run"]
-            command += [str(self.folder), str(self.lines.parent / "sanitized"), "--sanitized"]
-            (self.lines.parent / "sanitized").mkdir(exist_ok=True)
-            try:
-                status = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+                status = subprocess.run(command, timeout=left + _GRACE_SECONDS, check=False).returncode
             except subprocess.TimeoutExpired:
-                self.line("sanitizer", tool=check, status="not finished in 120 s")
-                continue
-            self.line("sanitizer", tool=check, status=status.returncode, said=status.stdout[-400:])
-            self.failed += status.returncode == 9
-        shutil.rmtree(self.lines.parent / "sanitized", ignore_errors=True)
+                self.results.add("error", step=name, error="did not come to its end in time")
+                status = WRONG
+            if status not in (0, WRONG, AGAIN):
+                self.results.add("error", step=name, error=f"its process ended with status {status}")
+            right = right and status == 0
+            if status in (0, WRONG) or name not in _GOES_ON or left == 0:
+                break
+        if not right:
+            self.failed.append(name)
+        return right
 
-    def time(self) -> None:
-        """Every timed matrix and number of rows beside torch, in turns; what the budget does not reach is named."""
-        self.line("copy", bytes_per_second=self.timing.copy_bandwidth())
-        for case in self.timing.timed():
-            if time.monotonic() > self.end:
-                self.line("left out", case=case.name, m=case.m)
-                continue
-            self.line("time", **case.measure())
-            print(case.told, flush=True)
+    def _sanitize(self) -> None:
+        for line in sanitize(self.folder, self.out, self.left()):
+            self.results.add("sanitizer", **line)
+            print(f"compute-sanitizer {line['tool']}: {line['status']}", flush=True)
+            if line["wrong"]:
+                self.failed.append(f"compute-sanitizer {line['tool']}")
+
+    def _peers(self) -> None:
+        for name in peers.MAKERS:
+            seconds = min(_PEER_SECONDS, self.left())
+            lines = peers.collect(name, seconds) if seconds > 0 else [{"peer": name, "reason": "no time was left"}]
+            for line in lines:
+                self.results.add("peer", **line)
+            told = sorted({line["reason"] for line in lines if "reason" in line})
+            print(f"{name}: {sum('seconds' in line for line in lines)} times; {'; '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,35 @@ Line = dict[str, Any]
 
 
 def render(lines: Path | None) -> str:
-    """Markdown: what is asked, what was measured, whether it is met; then every time."""
+    """Markdown: what is asked, what was measured, whether it is met; then every check and time."""
     rows = [json.loads(text) for text in lines.read_text().splitlines()] if lines is not None else []
-    head = "No GPU was at hand." if not rows else _machine(rows[-1])
-    table = ["| asked on an H100, device time | at least | measured | |", "|---|---|---|---|"]
+    table = [
+        "| asked on an H100, device time | at least | least measured | geometric mean | |",
+        "|---|---|---|---|---|",
+    ]
     for key, text, least in REQUIRED:
         found = _FIGURES[key](rows)
-        cells = (NOT_MEASURED, "") if found is None else (f"{found:.2f}", "met" if found >= least else "not met")
-        table.append(f"| {text} | {least:g} | {cells[0]} | {cells[1]} |")
-    return "\n".join([f"# CUDA\n\n{head}\n", *table, "", *_times(rows)]) + "\n"
+        cells = [NOT_MEASURED, "", ""]
+        if found:
+            met = "met" if min(found) >= least else "not met"
+            cells = [f"{min(found):.2f}", f"{geometric_mean(found):.2f}", met]
+        table.append(f"| {text} | {least:g} | {' | '.join(cells)} |")
+    parts = [["# CUDA"], _machine(rows), table, _checks(rows), _models(rows), _times(rows), _peers(rows)]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _machine(line: Line) -> str:
-    return f"{line['gpu']}, torch {line.get('torch', 'not used')}, commit {line['commit']}."
+def _machine(rows: Sequence[Line]) -> list[str]:
+    if not rows:
+        return ["No GPU was at hand."]
+    line = rows[-1]
+    card, ceilings = line.get("card", {}), _of(rows, "ceilings")
+    said = [line["gpu"], f"driver {card.get('driver_version', 'unknown')}"]
+    said += [f"torch {line['torch']}"] if "torch" in line else []
+    text = [", ".join([*said, f"commit {line['commit']}", line["date"]]) + "."]
+    if ceilings:
+        copied, peak = (ceilings[0][f"{key}_per_second"] / 1e12 for key in ("copy_bytes", "torch_bf16_operations"))
+        text.append(f"Measured: copies {copied:.2f} TB/s, read and written; torch bf16 {peak:.0f} T operations/s.")
+    return text
 
 
 def _of(rows: Sequence[Line], kind: str) -> list[Line]:
@@ -39,60 +55,113 @@ def _scheme(row: Line) -> str:
     return str(row["case"]).partition("_")[0]
 
 
-def _copy_share(rows: Sequence[Line]) -> float | None:
-    """The smallest share: bytes of weights a second over what a copy moves."""
-    copies = [row["bytes_per_second"] for row in _of(rows, "copy")]
+def _copy_shares(rows: Sequence[Line]) -> list[float]:
+    """Bytes of weights a second over what a copy moves."""
+    copies = [row["copy_bytes_per_second"] for row in _of(rows, "ceilings")]
     large = [
         row["weight_bytes"] / row["seconds"]
         for row in _of(rows, "time")
         if row["m"] == 1 and _scheme(row) in ("t1a8", "t1a16") and row["weight_bytes"] > 16e6
     ]
-    return min(large) / copies[0] if copies and large else None
+    return [rate / copies[0] for rate in large] if copies else []
 
 
-def _over_torch(schemes: Sequence[str], m: Sequence[int]) -> Callable[[Sequence[Line]], float | None]:
-    """Geometric mean over the shapes of torch's time over ours, rows prepared."""
+def _over_torch(schemes: Sequence[str], m: Sequence[int]) -> Callable[[Sequence[Line]], list[float]]:
+    """torch's time over ours, the preparation of the rows counted, of each shape."""
+    return lambda rows: [
+        row["torch_bf16"] / row["seconds_with_rows"]
+        for row in _of(rows, "time")
+        if row["m"] in m and _scheme(row) in schemes
+    ]
 
-    def figure(rows: Sequence[Line]) -> float | None:
-        chosen = [row for row in _of(rows, "time") if row["m"] in m and _scheme(row) in schemes]
-        return geometric_mean([row["torch_bf16"] / row["seconds_with_rows"] for row in chosen]) if chosen else None
+
+def _over_eager(rows: Sequence[Line]) -> list[float]:
+    return [row["torch_bf16_eager"] / row["seconds"] for row in _of(rows, "model") if row["fixed"]]
+
+
+def _over_peer(name: str) -> Callable[[Sequence[Line]], list[float]]:
+    def figure(rows: Sequence[Line]) -> list[float]:
+        ours = {(row["case"], row["m"]): row["seconds_with_rows"] for row in _of(rows, "time")}
+        theirs = [row for row in _of(rows, "peer") if row["peer"] == name and "seconds" in row]
+        return [row["seconds"] / ours[key] for row in theirs if (key := (row["case"], row["m"])) in ours]
 
     return figure
 
 
-def _models(rows: Sequence[Line]) -> float | None:
-    found = [row["torch_bf16_eager"] / row["seconds"] for row in _of(rows, "model")]
-    return min(found) if found else None
-
-
-def _peer(rows: Sequence[Line]) -> float | None:
-    """There is no comparison yet: neither package was ever at hand."""
-    return None
-
-
-_FIGURES: dict[str, Callable[[Sequence[Line]], float | None]] = {
-    "copy": _copy_share,
+_FIGURES: dict[str, Callable[[Sequence[Line]], list[float]]] = {
+    "copy": _copy_shares,
     "rows1": _over_torch(("t1a8", "t1a16"), (1,)),
     "rows8": _over_torch(("t1a8", "t1a16"), (8, 16)),
     "rows128": _over_torch(("t1a8",), (128,)),
+    "rows512": _over_torch(("t1a8",), (512,)),
     "rows4096": _over_torch(("t1a8",), (4096,)),
-    "model": _models,
-    "gemlite": _peer,
-    "bitblas": _peer,
+    "model": _over_eager,
+    "gemlite": _over_peer("gemlite"),
+    "bitblas": _over_peer("bitblas"),
 }
+
+
+def _checks(rows: Sequence[Line]) -> list[str]:
+    checks = _of(rows, "check")
+    if not rows:
+        return []
+    wrong = [f"{row['case']} M={row['m']} ({row['wrong']} results)" for row in checks if row["wrong"]]
+    kernels = len({row["case"] for row in checks})
+    text = [f"Checked: {len(checks)} products by {kernels} kernels; wrong: {', '.join(wrong) or 'none'}."]
+    text += [f"compute-sanitizer {row['tool']}: {row['status']}." for row in _of(rows, "sanitizer")]
+    text += [f"Error in {row['step']}: {row['error']}." for row in _of(rows, "error")]
+    left = [f"{row['case']} M={row['m']}" for row in _of(rows, "left out")]
+    return [*text, f"Left out for want of time: {', '.join(left)}."] if left else text
+
+
+def _models(rows: Sequence[Line]) -> list[str]:
+    if not _of(rows, "model check"):
+        return []
+    times = {row["case"]: row for row in _of(rows, "model")}
+    table = [
+        "| demo model | relative error | us | torch bf16 eager | torch bf16, CUDA graph |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _of(rows, "model check"):
+        error = "failed" if row["error"] is None else f"{row['error']:.1e}"
+        line = times.get(row["case"])
+        keys = ("seconds", "torch_bf16_eager", "torch_bf16_graph")
+        cells = [NOT_MEASURED] * 3 if line is None else [_us(line[key]) for key in keys]
+        table.append(f"| {row['case']} | {error} | {' | '.join(cells)} |")
+    return table
 
 
 def _times(rows: Sequence[Line]) -> list[str]:
     found = _of(rows, "time")
     if not found:
         return []
-    table = ["| matrix | M | us | with rows | torch bf16 | weights, GB/s |", "|---|---|---|---|---|---|"]
+    head = ("matrix", "M", "us", "with rows", "an H100's floor", "torch bf16", "torch int8", "weights, GB/s", "spread")
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in found:
-        times = (row["seconds"], row["seconds_with_rows"], row["torch_bf16"])
-        cells = " | ".join(f"{1e6 * value:.1f}" for value in times)
-        table.append(f"| {row['case']} | {row['m']} | {cells} | {row['weight_bytes'] / row['seconds'] / 1e9:.0f} |")
-    left = [f"{row['case']} M={row['m']}" for row in _of(rows, "left out")]
-    return [*table, "", f"Left out for want of time: {', '.join(left)}."] if left else table
+        keys = ("seconds", "seconds_with_rows", "floor", "torch_bf16", "torch_int8")
+        times = [_us(row[key]) if row.get(key) is not None else "" for key in keys]
+        rate = f"{row['weight_bytes'] / row['seconds'] / 1e9:.0f}"
+        table.append("| " + " | ".join((row["case"], str(row["m"]), *times, rate, f"{row['spread']:.1%}")) + " |")
+    return table
+
+
+def _peers(rows: Sequence[Line]) -> list[str]:
+    found = _of(rows, "peer")
+    if not found:
+        return []
+    timed = [row for row in found if "seconds" in row]
+    table = ["| peer | matrix | M | us |", "|---|---|---|---|"] if timed else []
+    table += [f"| {row['peer']} | {row['case']} | {row['m']} | {_us(row['seconds'])} |" for row in timed]
+    why: dict[str, list[str]] = {}
+    for row in found:
+        if "reason" in row:
+            where = f"{row['case']} M={row['m']}" if "case" in row else "all that is missing"
+            why.setdefault(f"{row['peer']}: {row['reason']}", []).append(where)
+    return [*table, *([""] if table else []), *(f"{reason} ({', '.join(places)})." for reason, places in why.items())]
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
 
 
 if __name__ == "__main__":

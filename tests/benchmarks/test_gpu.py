@@ -1,160 +1,233 @@
-"""The GPU benchmark as far as it goes without one: what it builds, its checks on the emulator, its table."""
+"""The GPU benchmark as far as it goes without one: what it builds, a visit to the emulator, what it says elsewhere."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 
-from benchmarks.gpu import build, cases, floors, run
-from benchmarks.gpu.kernels import activation_arrays
-from benchmarks.gpu.reference import bound, random_matrix, rounded
-from benchmarks.gpu.table import render
-from tests.cuda_emulator import fake_gpu, toolchain
-from tvm_ternary.formats import Scheme
-from tvm_ternary.kernels.activations import reference_int8_rows, reference_ternary_rows
-from tvm_ternary.kernels.shape import MatmulShape
-from tvm_ternary.kernels.table import kernel_for
+from benchmarks.gpu import cases, peers, run, sanitizer
+from benchmarks.gpu.models import ERRORS
+from benchmarks.gpu.results import Results, known_cases
+
+from . import kit
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKED = ((70, 300, "t2a8g32"), (33, 100, "t1abf16"), (40, 100, "t1a1"))
-RUN = """
-import sys
-import benchmarks.gpu.run as run
-run.CHECKED, run.CHECKED_ROWS, run.MODELS = {checked}, (1, 18), ()
-sys.argv = ["run", sys.argv[1], sys.argv[2], "--checks-only"]
-print("status", run.main())
-"""
+SCRIPT = "benchmarks/gpu.sh"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """What travels, small: some kernels, and the sources that the emulator needs."""
-    made, sources = tmp_path_factory.mktemp("gpu"), list[str]()
-    compile_fatbin = build.compile_fatbin
-
-    def keep(source: str, archs: tuple[str, ...]) -> object:
-        sources.append(source)
-        return compile_fatbin(source, archs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "timed", list)
-        patch.setattr(build, "CHECKED", CHECKED)
-        patch.setattr(build, "compile_fatbin", keep)
-        build.kernels(made)
-    for name in run.LIBRARIES:
-        (made / name).touch()
-    (made / "facts.json").write_text(json.dumps({"commit": "0"}))
-    return made, sources
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """What travels, small, unpacked; and the sources that the emulator needs."""
+    folder = tmp_path_factory.mktemp("kit")
+    return folder, kit.make(folder)
 
 
-def on_emulator(folder: Path, sources: list[str], out: Path) -> str:
-    env = fake_gpu.environment(kernels=sources, compute_capability=(9, 0), checked=False, name="Emulated H100")
-    env["TVM_TERNARY_CUDART"] = str(toolchain.fake_driver_folder() / "libcudart.so.13")
-    runtime = Path(__import__("tvm").__file__).parent / "lib"
-    env["TVM_TERNARY_RUNTIME"] = str(runtime / "libtvm_runtime.so")
-    env["TVM_TERNARY_RUNTIME_CUDA"] = str(runtime / "libtvm_runtime_cuda.so")
-    return fake_gpu.python(RUN.format(checked=CHECKED), env, folder, out)
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    (path,) = out.glob("*.jsonl")
+    return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def test_the_checks_pass_and_are_written(folder: tuple[Path, list[str]], tmp_path: Path) -> None:
-    told = on_emulator(*folder, tmp_path)
+def test_a_visit_checks_kernels_models_and_the_program(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    assert known_cases(made[0]) == kit.CASES
+    told = kit.visit(*made, tmp_path)
     assert "status 0" in told
-    lines = [json.loads(text) for text in (tmp_path / "cuda-emulated-h100.jsonl").read_text().splitlines()]
-    assert [(line["case"], line["m"]) for line in lines if line["kind"] == "check"] == [
-        (cases.name_of(*case), m) for case in CHECKED for m in (1, 18)
+    lines = lines_of(tmp_path)
+    assert [(line["case"], line["m"], line["wrong"]) for line in lines if line["kind"] == "check"] == [
+        (cases.name_of(*case), m, 0) for case in kit.CASES.checked for m in kit.CASES.checked_rows
     ]
-    assert not any(line["wrong"] for line in lines)
-    assert "not measured" in (tmp_path / "cuda-emulated-h100.md").read_text()
+    found = {line["kind"]: line for line in lines}
+    assert found["model check"]["error"] <= found["model check"]["most"] == ERRORS["a8"]
+    assert found["runner"]["error"] < 1e-6
+    assert "median of" in found["runner"]["said"]
+    assert all(line["gpu"] == "Emulated H100" and line["commit"] and line["cpu"] for line in lines)
+    assert "wrong: none" in (tmp_path / "cuda-emulated-h100.md").read_text()
 
 
-def test_a_wrong_kernel_is_found(folder: tuple[Path, list[str]], tmp_path: Path) -> None:
-    made, sources = folder
+def test_a_wrong_kernel_is_found(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, sources = made
     wrong = [source.replace("(word >> (2 * s)) & 0x03030303u", "(word >> (2 * s)) & 0x01030303u") for source in sources]
     assert wrong != sources
-    told = on_emulator(made, wrong, tmp_path)
+    told = kit.visit(folder, wrong, tmp_path)
     assert "status 1" in told
     assert "WRONG t2a8g32_70x300, 18 rows" in told
+    assert "t2a8g32_70x300 M=18" in (tmp_path / "cuda-emulated-h100.md").read_text()
 
 
-def test_without_a_gpu_it_says_so_and_exits_2(folder: tuple[Path, list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu.run", str(folder[0]), str(tmp_path)]
+def test_a_phase_that_dies_is_told_and_the_others_go_on(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """A kernel that reads outside of its arrays ends its process."""
+    folder, sources = made
+    torn = tmp_path / "torn"
+    shutil.copytree(folder, torn)
+    (torn / "kernels.so").write_bytes(b"no library")
+    told = kit.visit(torn, sources, tmp_path / "out")
+    assert "status 1" in told
+    found = {line["kind"]: line for line in lines_of(tmp_path / "out")}
+    assert found["error"]["step"] == "kernels"
+    assert found["model check"]["error"] <= found["model check"]["most"] == ERRORS["a8"]
+
+
+def test_without_a_gpu_it_says_what_it_tried_and_exits_2(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.run", str(made[0]), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if result.returncode != 2 and not result.stderr:
-        pytest.fail("this host has a GPU; run benchmarks/gpu.sh")
+    if "no GPU" not in result.stderr:
+        pytest.fail(f"this host has a GPU, or something is wrong: {result.stderr}")
     assert result.returncode == 2
     assert "nothing was measured" in result.stderr
-    assert "its references work: 8 matrices" in result.stdout
+    assert "kernels.so has its 6 functions" in result.stdout
+    assert "references: 3 matrices" in result.stdout
+    assert "cpu_t2a8g16: ran on the CPU" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script(tmp_path: Path) -> None:
-    """As a user calls it, in a copy without anything built."""
+def test_a_kit_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.run", str(tmp_path), str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "lacks libtvm_runtime.so, libtvm_runtime_cuda.so" in result.stderr
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the folder, in which nothing is built."""
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    script = str(tmp_path / "benchmarks" / "gpu.sh")
-    for word, message in (("run", "no build-gpu; run 'benchmarks/gpu.sh build'"), ("walk", "usage: ")):
-        result = subprocess.run([script, word], capture_output=True, text=True, check=False)
-        assert (result.returncode, message in result.stderr) == (1, True)
+    os.symlink(ROOT / "tvm_ternary", tmp_path / "tvm_ternary")
+    return tmp_path
 
 
-@pytest.mark.parametrize("text", ["t1a8", "t2a8g24", "t1a16", "t3abf16g32", "t2a1g40"])
-def test_its_references_and_shapes_are_ours(text: str) -> None:
-    """The benchmark's own arithmetic, which travels without the kernels, against the package's."""
-    n, k, scheme, generator = 20, 100, Scheme.parse(text), np.random.default_rng(0)
-    granularity = scheme.granularity
-    shape = MatmulShape(n, k, scheme.planes, granularity.groups(k), granularity.group_size(k))
-    kernel = kernel_for(scheme.activation_bits, bfloat=scheme.bfloat).matmul
-    assert activation_arrays(scheme, 3, k) == [(o.shape(shape, 3), o.dtype) for o in kernel.activations]
-    matrix = random_matrix(n, k, text, generator)
-    assert [(array.shape, array.dtype) for array in matrix.packed] == [
-        (operand.shape(shape, 3), operand.dtype) for operand in (kernel.weight, *kernel.scales(shape))
-    ]
-    x = generator.standard_normal((3, k)).astype(np.float32)
-    got = rounded(x, scheme)
-    if scheme.activation_bits == 8:
-        q, scale = reference_int8_rows(x, shape)
-        want = q.astype(np.float64) * np.repeat(scale, shape.group_size, axis=1)[:, :k]
-        np.testing.assert_array_equal(got, want)
-    elif scheme.activation_bits == 1:
-        trits, scale = reference_ternary_rows(x)
-        np.testing.assert_allclose(got, trits * scale[:, None])
-    else:
-        assert (np.abs(got - x) <= np.abs(x) * 2.0 ** (-8 if scheme.bfloat else -11)).all()
-    assert (bound(got, matrix) > 0).all()
+def script(copy: Path, *words: str) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [copy / SCRIPT, *words],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout, result.stderr
 
 
-def test_the_committed_table_says_what_was_not_measured() -> None:
-    assert (ROOT / "benchmarks" / "results" / "cuda.md").read_text() == render(None)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run",), "no build-gpu/kit.tar.xz; run 'benchmarks/gpu.sh build'"),
+        ((), "no environment; run 'make setup' first"),
+        (("walk",), "usage: "),
+        (("run", "--out"), "usage: "),
+        (("run", "--fast", "1"), "usage: "),
+        (("--budget", "soon"), "--budget is 'soon'; expected whole seconds"),
+    ],
+)
+def test_what_the_script_refuses(copy: Path, words: tuple[str, ...], message: str) -> None:
+    status, _, errors = script(copy, *words)
+    assert (status, message in errors) == (1, True), errors
 
 
-def test_the_table_of_made_up_lines(tmp_path: Path) -> None:
-    facts = {"gpu": "H100", "torch": "2", "commit": "0"}
-    times = {"seconds": 1e-5, "seconds_with_rows": 2e-5, "torch_bf16": 9e-5, "weight_bytes": 20e6}
-    lines = [
-        {"kind": "copy", "bytes_per_second": 3e12},
-        {"kind": "time", "case": "t1a8_4096x4096", "m": 1, **times},
-        {"kind": "time", "case": "t1a8_4096x4096", "m": 4096, **times, "torch_bf16": 1e-5},
-        {"kind": "model", "case": "demo", "seconds": 1e-4, "torch_bf16_eager": 3e-4},
-        {"kind": "left out", "case": "t1a1_4096x4096", "m": 8},
-    ]
-    path = tmp_path / "cuda-h100.jsonl"
-    path.write_text("".join(json.dumps({**line, **facts}) + "\n" for line in lines))
-    text = render(path)
-    assert "| 0.8 | 0.67 | not met |" in text
-    assert "| 4 | 4.50 | met |" in text
-    assert "| 1 | 0.50 | not met |" in text
-    assert "| 2 | 3.00 | met |" in text
-    assert "| 1.5 | not measured |  |" in text
-    assert "Left out for want of time: t1a1_4096x4096 M=8." in text
+def test_the_script_unpacks_runs_and_cleans_up(made: tuple[Path, list[str]], copy: Path, tmp_path: Path) -> None:
+    folder = copy / "build-gpu"
+    folder.mkdir()
+    subprocess.run(["tar", "cJf", folder / "kit.tar.xz", "-C", made[0], "."], check=True)
+    with (folder / "kit.sha256").open("w") as stream:
+        subprocess.run(["sha256sum", "kit.tar.xz"], cwd=folder, stdout=stream, check=True)
+    places = tmp_path / "places"
+    places.mkdir()
+    os.environ["TMPDIR"] = str(places)
+    try:
+        status, printed, errors = script(copy, "run", "--out", str(tmp_path / "out"))
+    finally:
+        del os.environ["TMPDIR"]
+    assert status == 2, errors
+    assert "kernels.so has its 6 functions" in printed
+    assert not list(places.iterdir())
+    with (folder / "kit.tar.xz").open("ab") as stream:
+        stream.write(b"more")
+    status, _, errors = script(copy, "run")
+    assert (status, "is not what was built; copy it again" in errors) == (1, True)
 
 
-def test_the_document_holds_the_floors_that_the_code_counts() -> None:
-    text = (ROOT / floors.DOCUMENT).read_text()
-    assert floors.document(text) == text
-    assert floors.floor(4096, 4096, "t1a8", 1) == pytest.approx(1.27, abs=0.02)
-    assert floors.dense(4096, 4096, 1) == pytest.approx(10.0, abs=0.1)
+def test_times_go_on_after_a_process_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a phase, in their order; each is started only if the one before says that it makes sense."""
+    (tmp_path / "facts.json").write_text(json.dumps({"commit": "0"}))
+    statuses = {"kernels": [0], "models": [1], "ceilings": [0], "times": [3, -11, 0]}
+    begun: list[str] = []
+
+    def process(command: list[str], **options: Any) -> Any:
+        begun.append(command[3])
+        return subprocess.CompletedProcess(command, statuses[command[3]].pop(0))
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=process, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(run, "sanitize", lambda *arguments: iter(()))
+    monkeypatch.setattr(run.peers, "collect", lambda name, seconds: [{"peer": name, "reason": "not installed"}])
+    visit = run.Visit(tmp_path, tmp_path / "out", run.time.monotonic() + 500, "H100")
+    assert visit.all(timed_too=True) == 1
+    assert begun == ["kernels", "models", "ceilings", "times", "times", "times"]
+    assert visit.failed == ["models", "times"]
+
+
+def test_nothing_is_timed_where_kernels_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps({"commit": "0"}))
+    begun: list[str] = []
+
+    def process(command: list[str], **options: Any) -> Any:
+        begun.append(command[3])
+        return subprocess.CompletedProcess(command, int(command[3] == "kernels"))
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=process, TimeoutExpired=subprocess.TimeoutExpired))
+    assert run.Visit(tmp_path, tmp_path / "out", run.time.monotonic() + 500, "H100").all(timed_too=True) == 1
+    assert begun == ["kernels", "models"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "wrong"),
+    [
+        ("exit 0", "nothing found", False),
+        ("exit 9", "exit status 9", True),
+        ("echo Device not supported; exit 1", "refused the device", False),
+        ("sleep 20", "not finished in 1 s", False),
+    ],
+)
+def test_what_the_sanitizer_says(
+    script: str, status: str, wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / sanitizer.TOOL
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sanitizer, "CHECKS", ("memcheck",))
+    (line,) = sanitizer.sanitize(tmp_path, tmp_path, 1)
+    assert (line["tool"], line["status"], line["wrong"]) == ("memcheck", status, wrong)
+
+
+def test_a_sanitizer_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    assert [line["status"] for line in sanitizer.sanitize(tmp_path, tmp_path, 60)] == ["not installed"]
+
+
+def test_what_of_a_peer_is_kept() -> None:
+    whole = {"peer": "gemlite", "case": "t1a8_8x8", "m": 1, "seconds": 1e-6}
+    text = f'Tuning {{"x": 1}}\n{json.dumps(whole)}\n[1]\n{json.dumps(whole)[:-9]}'
+    assert peers.lines_of(text) == [whole]
+    assert peers.collect("no_such_package", 1) == [{"peer": "no_such_package", "reason": "not installed"}]
+
+
+def test_lines_say_where_they_are_from(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new", "NVIDIA H100 80GB HBM3", {"commit": "1", "floors": {}, "cases": {}})
+    results.begin()
+    results.add("time", case="one")
+    results.facts["card"] = {"driver_version": "580"}
+    results.add("check", case="two")
+    assert results.path.name == "cuda-nvidia-h100-80gb-hbm3.jsonl"
+    (line,) = results.rows("check")
+    assert (line["case"], line["commit"], line["card"], "floors" in line) == (
+        "two",
+        "1",
+        {"driver_version": "580"},
+        False,
+    )
+    assert {"date", "cpu", "system", "python", "versions"} <= line.keys()
