@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.graph.onnx.bind import bind_constants
 from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension
 from tvm_ternary.graph.onnx.dimensions import fix_dimensions, name_dimensions, real_inputs, symbolic_dimensions
-from tvm_ternary.graph.onnx.emitter import Emitter
+from tvm_ternary.graph.onnx.emitter import Emitter, MatrixUse
 from tvm_ternary.graph.onnx.functions import expand_operators, inline_functions
 from tvm_ternary.graph.onnx.operators.table import is_known
 from tvm_ternary.graph.onnx.prune import prune_nodes
@@ -25,6 +25,22 @@ from tvm_ternary.graph.onnx.read import read_model
 from tvm_ternary.graph.onnx.values import Algebra, Value, describe, plain
 from tvm_ternary.graph.onnx.walk import Walker
 from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxGraph:
+    """An ONNX model as it was walked, and what the walk named in it.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        With its dimensions and constants fixed and its functions inlined.
+    uses : mapping of str to sequence of MatrixUse
+        The matrices that each node multiplies by, by the node's output.
+    """
+
+    model: onnx.ModelProto
+    uses: Mapping[str, Sequence[MatrixUse]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class ImportedModel:
         The constants of ``main`` that embeddings and others are, by name.
     ternary : mapping of str to TernaryTensor
         Those of ``params`` that are ternary in the file already, (N, K); read when they are asked for.
+    onnx : OnnxGraph or None
+        The graph it was imported from, where that was ONNX.
     """
 
     module: tvm.IRModule
@@ -66,6 +84,7 @@ class ImportedModel:
     others: dict[str, tuple[tuple[int, ...], str]]
     tables: dict[str, relax.Expr]
     ternary: Mapping[str, TernaryTensor] = field(default_factory=dict)
+    onnx: OnnxGraph | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -79,6 +98,9 @@ def import_onnx(
     source: str | Path | onnx.ModelProto,
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
+    *,
+    uses: Mapping[str, Sequence[MatrixUse]] | None = None,
+    ternary: Mapping[str, TernaryTensor] | None = None,
 ) -> ImportedModel:
     """Import an ONNX model.
 
@@ -90,6 +112,9 @@ def import_onnx(
         Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
     constants : Mapping[str, Any], optional
         Values for inputs that are to become constants.
+    uses, ternary : mappings, optional
+        For the graph of a quantized checkpoint: what its first import called its matrices (`OnnxGraph.uses`), and those
+        that are ternary, whose data the graph lacks.
 
     Returns
     -------
@@ -112,16 +137,40 @@ def import_onnx(
         lambda model: expand_operators(model, is_known),
         prune_nodes,
     ]
-    model = read_model(source)
+    model = read_model(source, quantized=ternary is not None)
     for step in passes:
         model = step(model)
     name = (model.graph.name or "model") if isinstance(source, onnx.ModelProto) else Path(source).stem
-    return _translate(model, name)
+    imported = _translate(model, name, uses, ternary or {})
+    if not ternary:
+        return imported
+    return replace(imported, params=_Dequantized(imported.params, ternary), ternary=ternary)
 
 
-def _translate(model: onnx.ModelProto, name: str) -> ImportedModel:
+class _Dequantized(Mapping[str, np.ndarray]):
+    """Matrices some of which are ternary; those are dequantized when they are asked for, and not kept."""
+
+    def __init__(self, params: Mapping[str, np.ndarray], ternary: Mapping[str, TernaryTensor]) -> None:
+        self._params, self._ternary = params, ternary
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._ternary[name].dequantize().T if name in self._ternary else self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _translate(
+    model: onnx.ModelProto,
+    name: str,
+    uses: Mapping[str, Sequence[MatrixUse]] | None,
+    ternary: Mapping[str, TernaryTensor],
+) -> ImportedModel:
     algebra = Algebra()
-    emitter = Emitter(relax.BlockBuilder(), algebra)
+    emitter = Emitter(relax.BlockBuilder(), algebra, uses, ternary)
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     inputs = _inputs(model, algebra)
     emitter.taken.update(inputs)
@@ -149,6 +198,7 @@ def _translate(model: onnx.ModelProto, name: str) -> ImportedModel:
         embeddings=emitter.embeddings,
         others=emitter.others,
         tables=emitter.tables,
+        onnx=OnnxGraph(model, emitter.uses),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.models import gpt2, mlp
 from tvm_ternary.errors import ModelError
+from tvm_ternary.graph.onnx.data import LEFT_OUT, point_to, weight_array
 from tvm_ternary.graph.onnx.read import check_finite, read_model
 
 
@@ -63,7 +64,10 @@ def test_an_old_version() -> None:
 def test_external_data(tmp_path: Path) -> None:
     path, weights = tmp_path / "big.onnx", tmp_path / "big.bin"
     onnx.save_model(mlp(), path, save_as_external_data=True, location=weights.name, size_threshold=0)
-    assert read_model(path).graph.initializer[0].raw_data == mlp().graph.initializer[0].raw_data
+    for tensor, inline in zip(read_model(path).graph.initializer, mlp().graph.initializer, strict=True):
+        array = weight_array(tensor)
+        np.testing.assert_array_equal(array, weight_array(inline))
+        assert isinstance(array.base, np.memmap), "mapped, not read"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
     assert f"ends at byte {len(data)} of {weights}, which has {len(data) - 1}" in refused(path)
@@ -82,6 +86,30 @@ def test_external_data_outside_of_the_folder(tmp_path: Path) -> None:
         next(entry for entry in tensor.external_data if entry.key == "location").value = "../big.bin"
     path.write_bytes(model.SerializeToString())
     assert "lies outside of the model's folder" in refused(path)
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT16])
+def test_external_data_of_every_kind(tmp_path: Path, kind: int) -> None:
+    model = mlp()
+    values = np.array([[1, -2, 3], [0, 7, -8]], np.float32)
+    tensor = onnx.helper.make_tensor("odd", kind, values.shape, values.reshape(-1))
+    inline = onnx.numpy_helper.to_array(tensor)
+    model.graph.initializer.append(tensor)
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    read = weight_array(read_model(tmp_path / "m.onnx").graph.initializer[-1])
+    assert read.dtype == inline.dtype
+    np.testing.assert_array_equal(read.astype(np.float32), values)
+
+
+def test_a_weight_that_was_left_out(tmp_path: Path) -> None:
+    model = mlp()
+    shape = tuple(model.graph.initializer[0].dims)
+    point_to(model.graph.initializer[0], LEFT_OUT)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert f"without its ternary weights; name its folder, {tmp_path}" in refused(path)
+    array = weight_array(read_model(path, quantized=True).graph.initializer[0])
+    assert (array.shape, array.dtype, array.strides) == (shape, np.float32, (0, 0))
 
 
 def test_check_finite() -> None:

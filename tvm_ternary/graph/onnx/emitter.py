@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 from tvm import relax, tirx
 from tvm.relax import op as R
 
+from tvm_ternary.formats import row_blocks
 from tvm_ternary.graph.onnx.names import dotted, is_made_up, matrix_name, unique
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.values import Algebra, Constant, Dim, Symbols, Value, as_expr, plain
@@ -18,6 +20,13 @@ _WEIGHT_DTYPES = frozenset(
     {"float16", "float32", "float64", "bfloat16", "int8", "uint8", "int4", "uint4", "int2", "uint2"}
     | {"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"}
 )
+
+
+class MatrixUse(NamedTuple):
+    """One multiplication by a matrix: the value of the graph that it was made of, and the parameter that it became."""
+
+    value: str
+    matrix: str
 
 
 class Emitter:
@@ -43,9 +52,27 @@ class Emitter:
         Names of the biases added to products, by the product's output.
     taken : set[str]
         Names that no further parameter may have.
+    uses : dict[str, list[MatrixUse]]
+        The matrices that each node multiplies by, in order, by the node's output.
+
+    Parameters
+    ----------
+    builder, algebra
+        As above.
+    known : mapping, optional
+        ``uses`` of an earlier walk over the same graph. Matrices then get the names they had, whatever they hold, for
+        in a quantized checkpoint the data of ternary ones are left out.
+    absent : container of str, optional
+        The matrices whose data are left out; zeros that take no memory stand in for them.
     """
 
-    def __init__(self, builder: relax.BlockBuilder, algebra: Algebra) -> None:
+    def __init__(
+        self,
+        builder: relax.BlockBuilder,
+        algebra: Algebra,
+        known: Mapping[str, Sequence[MatrixUse]] | None = None,
+        absent: Container[str] = (),
+    ) -> None:
         self.builder = builder
         self.algebra = algebra
         self.bounds: dict[str, int] = {}
@@ -54,7 +81,9 @@ class Emitter:
         self.others: dict[str, tuple[tuple[int, ...], str]] = {}
         self.tables: dict[str, relax.Expr] = {}
         self.biases: dict[str, str] = {}
-        self.taken: set[str] = set()
+        self.uses: dict[str, list[MatrixUse]] = {}
+        self._known, self._absent = known or {}, absent
+        self.taken: set[str] = {use.matrix for uses in self._known.values() for use in uses}
         self._by_content: dict[tuple[object, ...], relax.Var] = {}
         self._constants: dict[int, tuple[Constant, relax.Expr]] = {}
 
@@ -177,17 +206,37 @@ class Emitter:
 
     def matrix(self, array: np.ndarray, names: Sequence[str], node: onnx.NodeProto) -> relax.Var:
         """The parameter that holds a (K, N) float32 matrix; the same content is the same parameter."""
-        array = np.ascontiguousarray(array, dtype=np.float32)
-        key = (array.shape, hashlib.blake2b(array.data).digest())
-        if key not in self._by_content:
-            bias = next((self.biases[name] for name in node.output if name in self.biases), None)
-            name = unique(matrix_name(names, node, bias), self.taken)
+        array = array.astype(np.float32, copy=False)
+        output = next(name for name in node.output if name)
+        uses, known = self.uses.setdefault(output, []), self._known.get(output, ())
+        if len(uses) < len(known):
+            var = self._parameter(known[len(uses)].matrix, array)
+        else:
+            key = (array.shape, _digest(array))
+            if key not in self._by_content:
+                bias = next((self.biases[name] for name in node.output if name in self.biases), None)
+                self._by_content[key] = self._parameter(unique(matrix_name(names, node, bias), self.taken), array)
+            var = self._by_content[key]
+        uses.append(MatrixUse(names[0] if names else "", var.name))
+        return var
+
+    def _parameter(self, name: str, array: np.ndarray) -> relax.Var:
+        """The parameter of this name, made when it is new."""
+        if name not in self.parameters:
             self.taken.add(name)
-            var = relax.Var(name, relax.TensorType(array.shape, "float32"))
-            self.parameters[name] = (var, array)
-            self._by_content[key] = var
-        return self._by_content[key]
+            if name in self._absent:
+                array = np.broadcast_to(np.float32(0), array.shape)
+            self.parameters[name] = (relax.Var(name, relax.TensorType(array.shape, "float32")), array)
+        return self.parameters[name][0]
 
     def weight_name(self, value: Constant, node: Node) -> str:
         """The name under which a float weight that is no matrix is listed."""
         return next((dotted(name) for name in value.names if not is_made_up(name)), dotted(node.label))
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """A hash of the elements in row order, a block of rows at a time: the array may be mapped from a file."""
+    digest = hashlib.blake2b()
+    for rows in row_blocks(*array.shape):
+        digest.update(np.ascontiguousarray(array[rows]).data)
+    return digest.digest()

@@ -7,20 +7,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
+from onnx.external_data_helper import uses_external_data
 
 from tvm_ternary.errors import ModelError
+from tvm_ternary.graph.onnx.data import is_left_out, resolve_external
 
 _OLDEST_IR = 3
 
 
-def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
-    """Read a model with its external data.
+def read_model(source: str | Path | onnx.ModelProto, *, quantized: bool = False) -> onnx.ModelProto:
+    """Read a model; data that lie in other files are checked and located, not read.
 
     Parameters
     ----------
     source : str, Path or onnx.ModelProto
         A file, or a model that is already in memory.
+    quantized : bool
+        Whether it is the graph of a quantized checkpoint, which lacks the data of ternary matrices.
 
     Raises
     ------
@@ -42,8 +45,11 @@ def read_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(str(path), "is no ONNX model, or it is truncated", "download or export it again") from None
     _check_model(model, str(path))
     for tensor in _external_tensors(model.graph):
-        _check_external(tensor, path)
-    load_external_data_for_model(model, str(path.parent))
+        if not is_left_out(tensor):
+            resolve_external(tensor, path)
+        elif not quantized:
+            hint = f"name its folder, {path.parent}"
+            raise ModelError(str(path), "is the graph of a quantized checkpoint, without its ternary weights", hint)
     return model
 
 
@@ -61,22 +67,6 @@ def _external_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
             tensors += [attribute.t] if attribute.HasField("t") and uses_external_data(attribute.t) else []
             tensors += _external_tensors(attribute.g) if attribute.HasField("g") else []
     return tensors
-
-
-def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    info = ExternalDataInfo(tensor)
-    file = path.parent / info.location
-    if not file.resolve().is_relative_to(path.parent.resolve()):
-        raise ModelError(str(path), f"weight {tensor.name} lies outside of the model's folder, in {info.location}")
-    if not file.is_file():
-        raise ModelError(str(path), f"weight {tensor.name} lies in {file}, which does not exist", "put it there")
-    end = (info.offset or 0) + (info.length or 0)
-    if file.stat().st_size < end:
-        raise ModelError(
-            str(path),
-            f"weight {tensor.name} ends at byte {end} of {file}, which has {file.stat().st_size}",
-            "the file is truncated: download or export it again",
-        )
 
 
 def check_finite(name: str, array: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.ir import Expr
 
 from tvm_ternary.errors import ModelError, UnsupportedOperatorError
+from tvm_ternary.graph.onnx.data import weight_array
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.fold import fold
 from tvm_ternary.graph.onnx.names import bias_names
@@ -57,7 +58,7 @@ class Walker:
         for sparse in graph.sparse_initializer:
             raise ModelError(sparse.values.name, "is a sparse weight, which is not supported", "export it densely")
         for initializer in graph.initializer:
-            values[initializer.name] = Constant(onnx.numpy_helper.to_array(initializer), (initializer.name,))
+            values[initializer.name] = Constant(weight_array(initializer), (initializer.name,))
         for proto in graph.node:
             outputs = self._outputs(proto, values)
             for name, value in zip(proto.output, outputs, strict=False):
@@ -146,7 +147,7 @@ def constant_value(node: Node) -> np.ndarray:
     """The tensor of a ``Constant`` node."""
     for name, value in node.attributes.items():
         if name == "value":
-            return onnx.numpy_helper.to_array(value)
+            return weight_array(value)
         if name in ("value_int", "value_ints"):
             return np.array(value, dtype=np.int64)
         if name in ("value_float", "value_floats"):
