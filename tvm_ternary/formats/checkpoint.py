@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from tvm_ternary.errors import LayoutError, ModelError, OptionError, OutputError
+from tvm_ternary.errors import LayoutError, ModelError, OptionError
 from tvm_ternary.files import atomic_path
 from tvm_ternary.formats.scheme import granularity_from_suffix
 from tvm_ternary.formats.ternary import TernaryTensor
@@ -27,9 +27,14 @@ from tvm_ternary.formats.ternary import TernaryTensor
 FORMAT_VERSION = 1
 
 _KEY = "tvm_ternary"
-_DTYPES = frozenset(
-    ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
-)
+_CODES = {
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    "bool": "BOOL",
+}
+_DTYPES = frozenset(_CODES)
+_FROM_CODE = {code: name for name, code in _CODES.items()}
 
 
 def save_tensors(
@@ -64,13 +69,7 @@ def save_tensors(
     }
     header["checksum"] = _header_checksum(header)
     with atomic_path(path) as temporary:
-        mode = temporary.stat().st_mode
-        try:
-            save_file(arrays, temporary, metadata={_KEY: json.dumps(header, sort_keys=True)})
-        except SafetensorError as error:
-            raise OutputError(os.fspath(path), f"cannot be written ({error})", "check free space") from error
-        # save_file puts a file of mode 0600 in the place of the one that had what the umask gives.
-        temporary.chmod(mode)
+        _write(temporary, arrays, json.dumps(header, sort_keys=True))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, TernaryTensor | npt.NDArray[Any]]:
@@ -94,19 +93,74 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, TernaryTensor | npt.
             raise _damaged(path, f"{name} does not match its checksum")
     out: dict[str, TernaryTensor | npt.NDArray[Any]] = {}
     for name, description in header["tensors"].items():
-        try:
-            out[name] = TernaryTensor(
-                arrays.pop(f"{name}.planes"),
-                arrays.pop(f"{name}.scale"),
-                (description["shape"][0], description["shape"][1]),
-                granularity_from_suffix(description["granularity"]),
-            )
-        except (LayoutError, OptionError) as error:
-            raise LayoutError(f"{os.fspath(path)}: {name}", f"{error.subject}: {error.problem}", error.hint) from error
-        except (KeyError, IndexError, TypeError) as error:
-            raise _damaged(path, f"{name} is not described as a ternary tensor is") from error
+        planes, scale = (arrays.pop(f"{name}.{part}", None) for part in ("planes", "scale"))
+        out[name] = _ternary(path, name, description, planes, scale)
     out.update(arrays)
     return dict(sorted(out.items()))
+
+
+def _ternary(path: str | os.PathLike[str], name: str, description: Any, planes: Any, scale: Any) -> TernaryTensor:
+    try:
+        shape = (description["shape"][0], description["shape"][1])
+        return TernaryTensor(planes, scale, shape, granularity_from_suffix(description["granularity"]))
+    except (LayoutError, OptionError) as error:
+        raise LayoutError(f"{os.fspath(path)}: {name}", f"{error.subject}: {error.problem}", error.hint) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{name} is not described as a ternary tensor is") from error
+
+
+class CheckpointFile(Mapping[str, TernaryTensor | npt.NDArray[Any]]):
+    """The tensors of a file that `save_tensors` wrote, each mapped, and checked, when it is asked for.
+
+    Raises
+    ------
+    ModelError, LayoutError
+        As `load_tensors`; a wrong checksum when the tensor is asked for.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        header, _ = _read(path, with_arrays=False)
+        self.metadata: dict[str, str] = dict(header["metadata"])
+        self._crc32, self._ternary = header["crc32"], header["tensors"]
+        with self.path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self._entries = json.loads(file.read(size))
+            self._start = 8 + size
+        parts = {f"{name}.{part}" for name in self._ternary for part in ("planes", "scale")}
+        if not parts <= self._crc32.keys():
+            raise _damaged(path, "it does not hold the arrays that its description names")
+        self._names = sorted({*self._ternary, *(self._crc32.keys() - parts)})
+
+    def __getitem__(self, name: str) -> TernaryTensor | npt.NDArray[Any]:
+        if name not in self._ternary:
+            return self._array(name)
+        planes, scale = self._array(f"{name}.planes"), self._array(f"{name}.scale")
+        return _ternary(self.path, name, self._ternary[name], planes, scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def is_ternary(self, name: str) -> bool:
+        """Whether a tensor is ternary, without reading it."""
+        return name in self._ternary
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """First byte in the file and number of bytes of a stored array."""
+        start, stop = self._entries[name]["data_offsets"]
+        return self._start + start, stop - start
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        entry = self._entries[name]
+        dtype, shape = np.dtype(_FROM_CODE[entry["dtype"]]), tuple(entry["shape"])
+        offset, size = self.extent(name)
+        array = np.memmap(self.path, dtype, "r", offset, shape).view(np.ndarray) if size else np.empty(shape, dtype)
+        if _array_checksum(array) != self._crc32[name]:
+            raise _damaged(self.path, f"{name} does not match its checksum")
+        return array
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -143,6 +197,27 @@ def _flatten(
             # safetensors reads the buffer as it lies in memory: strides must be gone (0-d arrays keep their rank).
             arrays[part] = np.ascontiguousarray(array).reshape(array.shape)
     return arrays, described
+
+
+def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]], text: str) -> None:
+    """Write the safetensors format, an array at a time: the library's own writer holds a copy of all of them.
+
+    Arrays of wide elements come first, as that library orders them, so that every array is aligned.
+    """
+    ordered = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {_KEY: text}}
+    end = 0
+    for name in ordered:
+        array = arrays[name]
+        start, end = end, end + array.nbytes
+        entries[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in ordered:
+            array = arrays[name]
+            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
 
 
 def _read(path: str | os.PathLike[str], with_arrays: bool) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:

@@ -1,0 +1,114 @@
+"""A checkpoint of several files: written in shards, read a tensor at a time.
+
+The files lie as other libraries expect them: ``model.safetensors`` alone, or ``model-00001-of-00003.safetensors`` and
+so on with ``model.safetensors.index.json``. Each is one that `save_tensors` writes, so that every tensor has a
+checksum, which is looked at when the tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from tvm_ternary.errors import ModelError
+from tvm_ternary.files import atomic_path
+from tvm_ternary.formats.checkpoint import CheckpointFile, save_tensors
+from tvm_ternary.formats.ternary import TernaryTensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+
+Tensor = TernaryTensor | npt.NDArray[Any]
+
+
+class CheckpointFolder(Mapping[str, Tensor]):
+    """The tensors of a folder that `save_folder` wrote, each mapped from its file when it is asked for.
+
+    Parameters
+    ----------
+    folder : path
+        Every file's header is read and checked at once.
+
+    Raises
+    ------
+    ModelError
+        If a file is missing, damaged or of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = {name: CheckpointFile(folder / name) for name in _shards(folder)}
+        self._where = {name: file for file, content in self._files.items() for name in content}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._where[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._where))
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def extent(self, name: str) -> tuple[str, int, int]:
+        """Where a float tensor lies: file name, first byte and number of bytes."""
+        file = self._where[name]
+        return (file, *self._files[file].extent(name))
+
+    def is_ternary(self, name: str) -> bool:
+        """Whether a tensor is ternary, without reading it."""
+        return self._files[self._where[name]].is_ternary(name)
+
+
+def save_folder(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors to a folder that exists, in as few files as the size of one allows.
+
+    Arrays may be mapped from files: nothing is held that is not being written.
+
+    Raises
+    ------
+    LayoutError, OutputError
+        As `save_tensors`.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_tensors(folder / WEIGHTS, shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(folder / file, shard)
+        where |= dict.fromkeys((part for name, tensor in shard.items() for part in _parts(name, tensor)), file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    with atomic_path(folder / INDEX) as path:
+        document = {"metadata": {"total_size": total}, "weight_map": where}
+        path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _parts(name: str, tensor: Tensor) -> tuple[str, ...]:
+    return (f"{name}.planes", f"{name}.scale") if isinstance(tensor, TernaryTensor) else (name,)
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.exists():
+        return [WEIGHTS]
+    try:
+        where = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = sorted({str(Path(file)) for file in where.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(str(index), "is no index of shards", "the folder is damaged; quantize again") from error
+    if any(Path(file).name != file for file in files):
+        raise ModelError(str(index), "names files outside of its folder", "the folder is damaged; quantize again")
+    return files
