@@ -191,8 +191,8 @@ def _translate(
     return ImportedModel(
         module=module,
         params=params,
-        inputs=tuple(_spec(key, var) for key, var in inputs.items()),
-        outputs=tuple(_spec(key, value) for key, value in zip(names, results, strict=True)),
+        inputs=tuple(tensor_spec(key, var) for key, var in inputs.items()),
+        outputs=tuple(tensor_spec(key, value) for key, value in zip(names, results, strict=True)),
         name=name,
         bounds=emitter.bounds,
         embeddings=emitter.embeddings,
@@ -249,7 +249,8 @@ def _with_parameters(emitter: Emitter) -> tuple[tvm.IRModule, dict[str, np.ndarr
     return module, {var.name: emitter.parameters[var.name][1] for var in kept}
 
 
-def _spec(name: str, value: relax.Expr) -> TensorSpec:
+def tensor_spec(name: str, value: relax.Expr) -> TensorSpec:
+    """How an input or output is told to a user: its symbolic dimensions by name."""
     shape = value.ty.shape
     if shape is None:
         return TensorSpec(name, str(value.ty.dtype), tuple(f"{name}_dim_{i}" for i in range(value.ty.ndim)))

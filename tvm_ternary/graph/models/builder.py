@@ -1,0 +1,321 @@
+"""Build ``main`` from the tensors of a checkpoint: what the architectures are written in.
+
+The graph has the forms that the ONNX importer gives, so that the same passes find the same things: a matrix is a
+parameter, on the right of a ``matmul``, with its bias, activation function and residual behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax, tirx
+from tvm.relax import op as R
+
+from tvm_ternary.errors import ModelError
+from tvm_ternary.formats import TernaryTensor
+from tvm_ternary.formats.tensor_files import Tensors, TernaryTensors
+from tvm_ternary.graph.importer import ImportedModel, tensor_spec
+from tvm_ternary.graph.models.weights import floats
+
+BATCH, SEQUENCE = "batch", "sequence"
+
+
+def build_model(
+    tensors: Tensors,
+    inputs: Sequence[str],
+    body: Callable[[GraphBuilder], Mapping[str, relax.Expr]],
+    *,
+    bounds: Mapping[str, int] | None = None,
+    harmless: Collection[str] = (),
+) -> ImportedModel:
+    """Build a model.
+
+    Parameters
+    ----------
+    tensors : Tensors
+        The checkpoint.
+    inputs : sequence of str
+        Names of the inputs, each int64 [batch, sequence].
+    body : callable
+        Computes the outputs, by name, with the builder it is given.
+    bounds : mapping of str to int, optional
+        The largest value of ``batch`` or ``sequence``.
+    harmless : collection of str
+        Last parts of the names of tensors that a checkpoint may hold although the architecture has no use for them.
+
+    Raises
+    ------
+    ModelError
+        If a tensor is missing, has another shape than the configuration says, is NaN or infinite, or is not used.
+    """
+    graph = GraphBuilder(tensors, inputs)
+    results: dict[str, relax.Expr] = {}
+    failure: Exception | None = None
+    with graph.blocks.function("main", list(graph.inputs.values())):
+        with graph.blocks.dataflow():
+            try:
+                results.update(body(graph))
+                graph.refuse_unused(harmless)
+            except Exception as error:  # TVM prints a warning when a builder is left with open blocks
+                failure = error
+            returned = graph.blocks.emit_output(relax.Tuple(list(results.values())))
+        graph.blocks.emit_func_output(returned)
+    if failure is not None:
+        raise failure
+    return ImportedModel(
+        module=graph.module(),
+        params=graph.matrices,
+        inputs=tuple(tensor_spec(name, var) for name, var in graph.inputs.items()),
+        outputs=tuple(tensor_spec(name, value) for name, value in results.items()),
+        name="model",
+        bounds=dict(bounds or {}),
+        embeddings={name: tuple(map(int, table.ty.shape.values)) for name, table in graph.tables.items()},
+        others={},
+        tables=dict(graph.tables),
+        ternary=graph.matrices.ternary,
+    )
+
+
+class LazyMatrices(Mapping[str, npt.NDArray[np.float32]]):
+    """Matrices by name, (K, N) float32, each read when it is asked for and not kept.
+
+    Attributes
+    ----------
+    ternary : mapping of str to TernaryTensor
+        Those that are ternary in the checkpoint, (N, K); read when they are asked for, too.
+    """
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+        self.ternary = _LazyTernary()
+
+    def add(self, name: str, read: Callable[[], npt.NDArray[np.float32]]) -> None:
+        """Say how a float matrix is read."""
+        self._readers[name] = read
+
+    def add_ternary(self, name: str, read: Callable[[], TernaryTensor]) -> None:
+        """Say how a ternary matrix is read."""
+        self.ternary.readers[name] = read
+        self._readers[name] = lambda: np.ascontiguousarray(read().dequantize().T)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+class _LazyTernary(Mapping[str, TernaryTensor]):
+    def __init__(self) -> None:
+        self.readers: dict[str, Callable[[], TernaryTensor]] = {}
+
+    def __getitem__(self, name: str) -> TernaryTensor:
+        return self.readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+class GraphBuilder:
+    """Emits the operators of one model and notes the tensors that it takes.
+
+    Attributes
+    ----------
+    tensors : Tensors
+    blocks : relax.BlockBuilder
+    batch, sequence : tirx.Var
+        The symbolic dimensions.
+    inputs : dict of str to relax.Var
+    matrices : LazyMatrices
+        In the order of their first use.
+    tables : dict of str to relax.Expr
+        Tables that rows are gathered from.
+    """
+
+    def __init__(self, tensors: Tensors, inputs: Sequence[str]) -> None:
+        self.tensors = tensors
+        self.blocks = relax.BlockBuilder()
+        self.batch, self.sequence = tirx.Var(BATCH, "int64"), tirx.Var(SEQUENCE, "int64")
+        shape = relax.TensorType([self.batch, self.sequence], "int64")
+        self.inputs = {name: relax.Var(name, shape) for name in inputs}
+        self.matrices = LazyMatrices()
+        self.tables: dict[str, relax.Expr] = {}
+        self._names = frozenset(tensors.names())
+        self._used: set[str] = set()
+        self._parameters: dict[str, relax.Var] = {}
+
+    def emit(self, expr: relax.Expr) -> relax.Var:
+        """Bind an expression to a variable."""
+        return self.blocks.emit(expr)
+
+    # Tensors of the checkpoint
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor."""
+        return name in self._names
+
+    def use(self, name: str, shape: Sequence[int]) -> str:
+        """Note that a tensor is used, and give its name.
+
+        Raises
+        ------
+        ModelError
+            If there is none of this name, or it has another shape.
+        """
+        if name not in self._names:
+            raise ModelError(name, "is missing from the checkpoint", "the files and config.json have to be one model's")
+        got = self.tensors.shape(name)
+        if tuple(got) != tuple(shape):
+            raise ModelError(self.tensors.where(name), f"has shape {list(got)}; config.json says {list(shape)}")
+        self._used.add(name)
+        return name
+
+    def vector(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+        """A small weight, read now."""
+        return floats(self.tensors, self.use(name, shape))
+
+    def matrix(
+        self,
+        name: str,
+        n: int,
+        k: int,
+        *,
+        transposed: bool = False,
+        ternary: Callable[[], TernaryTensor] | None = None,
+    ) -> relax.Var:
+        """The parameter (K, N) that a matrix becomes; the same name is the same parameter.
+
+        Parameters
+        ----------
+        name : str
+            Of the tensor, and so of the parameter.
+        n, k : int
+            out_features, in_features.
+        transposed : bool
+            Whether the checkpoint stores (K, N) rather than (N, K).
+        ternary : callable, optional
+            Reads the (N, K) matrix where the architecture knows how to read its ternary weights; it has called `use`
+            for the tensors that this takes.
+        """
+        if name not in self._parameters:
+            if ternary is None and isinstance(self.tensors, TernaryTensors) and name in self.tensors.ternary:
+                # However the float checkpoint stored it, a ternary matrix is (N, K).
+                found = self.tensors.ternary
+                self.use(name, (n, k))
+                self.matrices.add_ternary(name, lambda: found[name])
+            elif ternary is not None:
+                self.matrices.add_ternary(name, ternary)
+            else:
+                self.use(name, (k, n) if transposed else (n, k))
+                self.matrices.add(name, lambda: self._read(name, transposed))
+            self._parameters[name] = relax.Var(name, relax.TensorType([k, n], "float32"))
+        return self._parameters[name]
+
+    def _read(self, name: str, transposed: bool) -> npt.NDArray[np.float32]:
+        array = floats(self.tensors, name)
+        return np.ascontiguousarray(array if transposed else array.T)
+
+    def refuse_unused(self, harmless: Collection[str]) -> None:
+        """Refuse a checkpoint with tensors that nothing used, for it is another model than its configuration says."""
+        unused = [name for name in self.tensors.names() if name not in self._used]
+        unused = [name for name in unused if not any(f".{name}".endswith(f".{last}") for last in harmless)]
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            problem = f"is not used by this architecture, as config.json describes it{more}"
+            raise ModelError(self.tensors.where(unused[0]), problem, "export the model to ONNX, or remove the tensors")
+
+    def module(self) -> tvm.IRModule:
+        """The finished function, its matrices behind its inputs."""
+        module = self.blocks.get()
+        main = module["main"]
+        params = [*main.params, *self._parameters.values()]
+        main = relax.Function(params, main.body, main.ret_ty, main.is_pure, main.attrs)
+        module["main"] = main.with_attr("num_input", len(self.inputs))
+        return module
+
+    # Layers
+
+    def linear(
+        self, x: relax.Expr, name: str, n: int, k: int, *, bias: str | None = None, transposed: bool = False
+    ) -> relax.Var:
+        """X (..., K) times a matrix, and a bias (N,) where one is named."""
+        product = self.emit(R.matmul(x, self.matrix(name, n, k, transposed=transposed)))
+        return product if bias is None else self.emit(R.add(product, relax.const(self.vector(bias, n))))
+
+    def table(self, name: str, rows: int, width: int) -> relax.Expr:
+        """A table that rows are gathered from; it stays float inside the function."""
+        if name not in self.tables:
+            self.tables[name] = relax.const(np.ascontiguousarray(self.vector(name, rows, width)))
+        return self.tables[name]
+
+    def embedding(self, ids: relax.Expr, name: str, rows: int, width: int) -> relax.Var:
+        """Rows of a table, (..., width). An index that lies outside gives NaN."""
+        return self.emit(R.take(self.table(name, rows, width), ids, 0, "nan"))
+
+    def first_rows(self, name: str, rows: int, width: int, start: int = 0) -> relax.Var:
+        """As many rows of a table as the sequence is long, from ``start`` on: (sequence, width)."""
+        begin, end = tirx.const(start, "int64"), self.sequence + start
+        table = self.table(name, rows, width)
+        return self.emit(R.strided_slice(table, [0], [begin], [end], [tirx.const(1, "int64")], assume_inbound=True))
+
+    def layer_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
+        """``name.weight`` and ``name.bias`` over the last axis."""
+        scale, shift = (relax.const(self.vector(f"{name}.{part}", width)) for part in ("weight", "bias"))
+        return self.emit(R.nn.layer_norm(x, scale, shift, [-1], epsilon))
+
+    def rms_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
+        """``name.weight`` times x over the root of its mean square, over the last axis."""
+        square = self.emit(R.mean(self.emit(R.multiply(x, x)), [-1], keepdims=True))
+        root = self.emit(R.sqrt(self.emit(R.add(square, relax.const(epsilon, "float32")))))
+        return self.emit(R.multiply(self.emit(R.divide(x, root)), relax.const(self.vector(f"{name}.weight", width))))
+
+    def activation(self, x: relax.Expr, name: str) -> relax.Var:
+        """An activation function by the name that configurations give it.
+
+        Raises
+        ------
+        ModelError
+            If there is none of this name; lists those that are.
+        """
+        if name not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ModelError("config.json", f"names activation function {name!r}, expected one of {known}")
+        result = x
+        for function in ACTIVATIONS[name]:
+            result = self.emit(function(result))
+        return result
+
+    def reshape(self, x: relax.Expr, *shape: Any) -> relax.Var:
+        """X in another shape; dimensions are numbers or expressions."""
+        dims = [tirx.const(dim, "int64") if isinstance(dim, int) else dim for dim in shape]
+        return self.emit(R.reshape(x, relax.ShapeExpr(dims)))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[relax.Expr], relax.Expr], ...]] = {
+    "gelu": (R.nn.gelu,),
+    "gelu_new": (R.nn.gelu_tanh,),
+    "gelu_fast": (R.nn.gelu_tanh,),
+    "gelu_pytorch_tanh": (R.nn.gelu_tanh,),
+    "relu": (R.nn.relu,),
+    "relu2": (R.nn.relu, lambda x: R.multiply(x, x)),
+    "silu": (R.nn.silu,),
+    "swish": (R.nn.silu,),
+    "tanh": (R.tanh,),
+}
+"""What computes each activation function, in order."""
