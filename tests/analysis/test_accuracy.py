@@ -88,7 +88,8 @@ def test_perplexity_against_its_definition() -> None:
     logits, labels = RANDOM.normal(size=(3, 4)), np.array([2, -1, 0])
     likelihoods = [_softmax(row)[label] for row, label in zip(logits, labels, strict=True) if label >= 0]
     assert accuracy.perplexity(logits, labels) == pytest.approx(math.prod(likelihoods) ** (-1 / 2))
-    assert math.isfinite(accuracy.perplexity(np.array([[0.0, 1e6]]), np.array([0])))
+    assert accuracy.perplexity(np.array([[0.0, 1e6]]), np.array([0])) == math.inf
+    assert math.isnan(accuracy.perplexity(np.array([[0.0, np.nan]]), np.array([0])))
 
 
 def test_next_tokens() -> None:

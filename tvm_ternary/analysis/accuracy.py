@@ -60,10 +60,14 @@ def sqnr_db(reference: Array, array: Array) -> float:
 
     Infinite where they are equal, minus infinity where only the reference is zero.
     """
-    error = relative_error(reference, array)
-    if error == 0:
+    return error_db(relative_error(reference, array))
+
+
+def error_db(relative_error: float) -> float:
+    """Compute the SQNR in decibels that a relative error is: -20 log10 of it, infinite for 0."""
+    if relative_error == 0:
         return math.inf
-    return -20 * math.log10(error) if error != math.inf else -math.inf
+    return -20 * math.log10(relative_error) if relative_error != math.inf else -math.inf
 
 
 def relative_error(reference: Array, array: Array) -> float:
@@ -128,7 +132,12 @@ def perplexity(logits: Array, labels: Array) -> float:
     InputError
         If the shapes do not fit, a label is no class, or no label is left.
     """
-    return math.exp(min(mean_negative_log_likelihood(logits, labels), math.log(np.finfo(np.float64).max)))
+    return exp_loss(mean_negative_log_likelihood(logits, labels))
+
+
+def exp_loss(loss: float) -> float:
+    """Compute the perplexity that a mean negative log likelihood is; infinite where float64 ends."""
+    return math.exp(loss) if not loss > math.log(np.finfo(np.float64).max) else math.inf
 
 
 def mean_negative_log_likelihood(logits: Array, labels: Array) -> float:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from tvm_ternary.cli import bench as bench_verb
 from tvm_ternary.cli import compile as compile_verb
+from tvm_ternary.cli import eval as eval_verb
 from tvm_ternary.cli import inspect as inspect_verb
 from tvm_ternary.cli import package as package_verb
 from tvm_ternary.cli import run as run_verb
@@ -34,6 +35,7 @@ Compile neural networks with ternary weights to one shared library, and run it.
 
   tvm-ternary compile model.onnx -o model.so     weights become sums of a few {-1, 0, 1} matrices with scales
   tvm-ternary run model.so --repeat 20           random inputs; what comes out, and how long it takes
+  tvm-ternary eval model.onnx --scheme t2a8g64   what is lost: float against ternary, by matrix, output and measure
   tvm-ternary inspect model.so                   what is in it: every matrix, and what the host needs
   tvm-ternary package model.so -o DIR            it and all that it needs in a folder, with a runner in C++
   tvm-ternary tune model.onnx                    search the fastest schedules for its matrices on this machine
@@ -90,7 +92,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (compile_verb, run_verb, inspect_verb, package_verb, tune_verb, bench_verb):
+    for verb in (compile_verb, run_verb, eval_verb, inspect_verb, package_verb, tune_verb, bench_verb):
         verb.add_parser(verbs)
     return parser
 

@@ -1,0 +1,1 @@
+"""Float against ternary."""

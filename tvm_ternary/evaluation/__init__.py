@@ -1,0 +1,1 @@
+"""Float against ternary: both compiled, both run on the same data, and what differs."""

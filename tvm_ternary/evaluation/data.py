@@ -1,0 +1,112 @@
+"""What the models are run on: the user's data, or random inputs where there are none."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.evaluation.logits import IDS, MASK
+from tvm_ternary.evaluation.models import Arrays, Runner, Source
+from tvm_ternary.runtime.sample import random_inputs
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs by name, one mapping a sample, and a word about where they are from."""
+
+    samples: tuple[Arrays, ...]
+    description: str
+
+
+def find_samples(
+    run: Runner,
+    model: Source,
+    data: Source | Iterable[Mapping[str, Any]] | None,
+    count: int,
+    length: int,
+    seed: int,
+    tokenizer: Source | None,
+) -> Samples:
+    """Read the data, or make random inputs.
+
+    Parameters
+    ----------
+    run : Runner
+        The float model.
+    model : path
+        Where it is from; a ``tokenizer.json`` beside it is found.
+    data : path, iterable or None
+        As `tvm_ternary.convert.samples.load_samples` takes it; None makes random inputs.
+    count : int
+        How many samples to take at most, or to make.
+    length : int
+        Longest text in tokens; length of random inputs where the model leaves it open.
+    seed : int
+    tokenizer : path, optional
+
+    Raises
+    ------
+    OptionError
+        If a number is below 1.
+    InputError
+        If the data cannot be read, hold nothing, or do not fit the model's inputs.
+    """
+    for name, value in (("samples", count), ("length", length)):
+        if value < 1:
+            raise OptionError(f"--{name}", f"is {value}; expected at least 1")
+    if data is None:
+        made = tuple(_random(run, length, seed + number) for number in range(count))
+        return Samples(made, f"{count} random inputs, seed {seed}: they say little about how good a model is")
+    if isinstance(data, str | os.PathLike):
+        chosen, origin = _read(Path(data)), f"samples of {os.fspath(data)}"
+    else:
+        chosen, origin = [dict(sample) for sample in data], "given samples"
+    if not chosen:
+        raise InputError(origin, "there is none; expected one at least")
+    return Samples(tuple(chosen[:count]), f"{min(count, len(chosen))} {origin}")
+
+
+def _read(path: Path) -> list[Arrays]:
+    """Read an .npz of inputs whose rows are samples."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(str(path), f"is no .npz of inputs ({error})", "write it with numpy.savez") from error
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(str(path), f"has {lengths} rows; expected as many of each input")
+    return [
+        {name: array[row : row + 1] for name, array in arrays.items()}
+        for row in range(max(lengths.values(), default=0))
+    ]
+
+
+def _random(run: Runner, length: int, seed: int) -> Arrays:
+    """Random inputs; token numbers are drawn from the whole vocabulary, and nothing is padded."""
+    bounds = run.manifest.bounds
+    leading = {spec.shape[0] for spec in run.inputs if spec.shape}
+    free = {dim for spec in run.inputs for dim in spec.shape[1:] if isinstance(dim, str)} - leading
+    # Where the last dimension of token numbers is open it is a length; other open dimensions may be an image's.
+    texts = {spec.shape[-1] for spec in run.inputs if spec.name == IDS and spec.shape}
+    sizes = {dim: min(length, bounds.get(dim, length)) for dim in free & texts}
+    inputs = random_inputs(run.inputs, sizes, seed, bounds)
+    if MASK in inputs:
+        inputs[MASK] = np.ones_like(inputs[MASK])
+    if IDS in inputs:
+        ids = np.random.default_rng(seed).integers(0, _vocabulary(run), inputs[IDS].shape)
+        inputs[IDS] = ids.astype(inputs[IDS].dtype)
+    return inputs
+
+
+def _vocabulary(run: Runner) -> int:
+    """How many tokens there are: the rows of the largest float table; 2 where there is none."""
+    tables = [layer.shape[0] for layer in run.manifest.layers if "table" in (layer.reason or "") and layer.shape]
+    return max(tables, default=2)
