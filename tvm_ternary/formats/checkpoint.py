@@ -148,6 +148,11 @@ class CheckpointFile(Mapping[str, TernaryTensor | npt.NDArray[Any]]):
         """Whether a tensor is ternary, without reading it."""
         return name in self._ternary
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, (N, K) of a ternary one, without reading it."""
+        described = self._ternary[name] if name in self._ternary else self._entries[name]
+        return tuple(described["shape"])
+
     def extent(self, name: str) -> tuple[int, int]:
         """First byte in the file and number of bytes of a stored array."""
         start, stop = self._entries[name]["data_offsets"]

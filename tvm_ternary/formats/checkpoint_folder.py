@@ -58,6 +58,10 @@ class CheckpointFolder(Mapping[str, Tensor]):
         file = self._where[name]
         return (file, *self._files[file].extent(name))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, (N, K) of a ternary one, without reading it."""
+        return self._files[self._where[name]].shape(name)
+
     def is_ternary(self, name: str) -> bool:
         """Whether a tensor is ternary, without reading it."""
         return self._files[self._where[name]].is_ternary(name)

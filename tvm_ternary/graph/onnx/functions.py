@@ -54,13 +54,7 @@ def _expanded(model: onnx.ModelProto, operators: list[tuple[str, str]]) -> onnx.
 
 def _without_weights(model: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
     """Let a step that serializes the model see its weights as inputs: protobuf ends at 2 GiB."""
-    light = onnx.ModelProto()
-    for field, value in model.ListFields():
-        if field.name != "graph":
-            _assign(light, field.name, value)
-    for field, value in model.graph.ListFields():
-        if field.name != "initializer":
-            _assign(light.graph, field.name, value)
+    light = copy_without_weights(model)
     declared = {value.name for value in model.graph.input}
     added = [weight for weight in model.graph.initializer if weight.name not in declared]
     light.graph.input.extend(
@@ -73,6 +67,18 @@ def _without_weights(model: onnx.ModelProto, step: Callable[[onnx.ModelProto], o
     result.graph.input.extend(inputs)
     result.graph.initializer.extend(model.graph.initializer)
     return result
+
+
+def copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy everything but the initializers."""
+    light = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _assign(light, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _assign(light.graph, field.name, value)
+    return light
 
 
 def _assign(message: Any, name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ def prune_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_reads(node))
+            needed.update(reads(node))
     if len(kept) == len(graph.node):
         return model
     result = onnx.ModelProto()
@@ -23,10 +23,10 @@ def prune_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """Names a node reads, those read inside its subgraphs included."""
     names = set(node.input)
     for attribute in node.attribute:
         for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            names.update(*(_reads(inner) for inner in graph.node), (output.name for output in graph.output))
+            names.update(*(reads(inner) for inner in graph.node), (output.name for output in graph.output))
     return names
