@@ -8,12 +8,13 @@ from typing import Any
 from tvm_ternary.errors import ModelError
 from tvm_ternary.formats.tensor_files import Tensors
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.models import bert
+from tvm_ternary.graph.models import bert, gpt2
 
 Build = Callable[[Mapping[str, Any], Tensors], ImportedModel]
 
 ARCHITECTURES: dict[str, Build] = {
     "bert": bert.build,
+    "gpt2": gpt2.build,
     "roberta": bert.build_roberta,
     "xlm-roberta": bert.build_roberta,
 }

@@ -1,8 +1,7 @@
 """BERT, and RoBERTa, which is BERT with other positions.
 
-Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2019, section 3; Liu
-et al., "RoBERTa", 2019. Tensor names and settings as in transformers: ``BertModel``, alone or under ``bert.`` in a model
-with a head, whose own tensors are not read unless it is the pooler.
+Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2019, section 3; Liu et al., "RoBERTa", 2019.
+Names of tensors and settings as in transformers: ``BertModel``, alone or under ``bert.``.
 """
 
 from __future__ import annotations

@@ -258,6 +258,33 @@ class GraphBuilder:
         product = self.emit(R.matmul(x, self.matrix(name, n, k, transposed=transposed)))
         return product if bias is None else self.emit(R.add(product, relax.const(self.vector(bias, n))))
 
+    def head(self, x: relax.Expr, name: str, table: str, rows: int, width: int, *, tied: bool) -> relax.Var:
+        """X times the output layer: a matrix of its own, or the table of embeddings where they are tied.
+
+        Parameters
+        ----------
+        x : (..., width)
+        name, table : str
+            Tensors of the output layer and of the embeddings.
+        rows, width : int
+            Their shape.
+        tied : bool
+            Whether the configuration says that they are the same.
+
+        Raises
+        ------
+        ModelError
+            If they are tied, and the checkpoint holds both and they differ.
+        """
+        if not tied:
+            return self.linear(x, name, rows, width)
+        if self.has(name):
+            first, second = floats(self.tensors, self.use(name, (rows, width))), self.vector(table, rows, width)
+            if not np.array_equal(first, second):
+                problem = f"differs from {table}, and tie_word_embeddings in config.json says they are the same"
+                raise ModelError(self.tensors.where(name), problem, "set it to false if the model has both")
+        return self.linear(x, table, rows, width)
+
     def table(self, name: str, rows: int, width: int) -> relax.Expr:
         """A table that rows are gathered from; it stays float inside the function."""
         if name not in self.tables:

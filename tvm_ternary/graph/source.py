@@ -1,0 +1,48 @@
+"""Every kind of model by one door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tvm_ternary.graph.importer import ImportedModel, import_onnx
+from tvm_ternary.graph.models.checkpoint import import_checkpoint
+from tvm_ternary.graph.passes.fix_inputs import fix_inputs
+from tvm_ternary.graph.quantized import import_quantized, is_quantized
+
+
+def import_model(
+    source: str | Path, dims: Mapping[str, int | str] | None = None, constants: Mapping[str, Any] | None = None
+) -> ImportedModel:
+    """Import a model from wherever it is.
+
+    Parameters
+    ----------
+    source : path
+        An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), or a folder that
+        ``tvm-ternary quantize`` has written.
+    dims : mapping, optional
+        Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
+    constants : mapping, optional
+        Values for inputs that are to become constants.
+
+    Returns
+    -------
+    ImportedModel
+
+    Raises
+    ------
+    ModelError
+        If a file is missing or damaged, or the architecture is not known.
+    UnsupportedOperatorError
+        If a node of a graph cannot be imported; names it.
+    OptionError, InputError
+        If a dimension or an input does not exist, or a value does not fit it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if is_quantized(path):
+            return import_quantized(path, dims, constants)
+        return fix_inputs(import_checkpoint(path), dims, constants)
+    return import_onnx(path, dims, constants)
