@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tvm_ternary.errors import OptionError
-from tvm_ternary.quantize.blocks import FIRST, LAST, ONLY, OUTPUT, block_of, find_places
+from tvm_ternary.quantize.blocks import FIRST, LAST, ONLY, OUTPUT, block_of, blocks_of, find_places
 from tvm_ternary.quantize.config import LayerQuantizationConfig
 from tvm_ternary.quantize.plan import make_plan
 
@@ -32,6 +32,17 @@ NAMES = ["embeddings.project.weight", *BERT, "pooler.dense.weight", "classifier.
 )
 def test_blocks_are_read_off_the_names(name: str, block: tuple[str, int] | None) -> None:
     assert block_of(name) == block
+
+
+def test_a_number_that_all_names_share_is_no_block() -> None:
+    names = [f"model.0.encoder.layer.{i}.{kind}" for i in range(3) for kind in "ab"]
+    assert blocks_of(["model.0.embeddings.word", *names]) == {
+        name: ("model.0.encoder.layer", int(name.split(".")[4])) for name in names
+    }
+    assert blocks_of(names[:2]) == dict.fromkeys(names[:2], ("model", 0))
+    assert blocks_of(["0.a", "1.a", "fc"]) == {"0.a": ("", 0), "1.a": ("", 1)}
+    places = find_places(names)
+    assert [places.get(name) for name in names] == [FIRST, FIRST, None, None, LAST, LAST]
 
 
 def test_places_are_first_last_and_what_is_behind() -> None:
@@ -63,20 +74,20 @@ def test_edges_get_four_planes_and_heads_stay_float_by_default() -> None:
 
 def test_every_row_says_what_decided() -> None:
     rows = {row.name: row for row in LayerQuantizationConfig().plan(dict.fromkeys(NAMES, SIZE))}
-    assert rows[BERT[0]].rule == "the first block: --edges is t4"
-    assert rows[BERT[5]].rule == "the last block: --edges is t4"
+    assert rows[BERT[0]].rule == "the first block: edges is t4"
+    assert rows[BERT[5]].rule == "the last block: edges is t4"
     assert rows[BERT[2]].rule == "layers all"
-    assert rows[NAMES[-1]].reason == "the output layer: --output is float"
+    assert rows[NAMES[-1]].reason == "the output layer: output-layer is float"
 
 
 def test_edges_and_output_the_same_is_what_compile_does() -> None:
-    plan = LayerQuantizationConfig("t2a8g64", edges="same", output="same").plan(dict.fromkeys(NAMES, SIZE))
+    plan = LayerQuantizationConfig("t2a8g64", edges="same", output_layer="same").plan(dict.fromkeys(NAMES, SIZE))
     assert plan == make_plan(dict.fromkeys(NAMES, SIZE), "t2a8g64")
     assert {str(row.scheme) for row in plan} == {"t2a8g64"}
 
 
 def test_a_policy_may_be_a_scheme_or_float() -> None:
-    got = schemes(edges="float", output="t3a32")
+    got = schemes(edges="float", output_layer="t3a32")
     assert {got[name] for name in BERT[:2] + BERT[4:]} == {"float"}
     assert {got[name] for name in NAMES[-2:]} == {"t3a32"}
 
@@ -95,12 +106,12 @@ def test_toml_is_read_and_options_win(tmp_path: Path) -> None:
         'scheme = "t2a8g64"\nedges = "same"\nembeddings = "float"\n'
         '[layers]\n"query|key" = "t3a8g64"\nffn = "t1a8"\n[recipe]\nmethod = "twn"\nsweeps = 2\n'
     )
-    config = LayerQuantizationConfig.of(file, edges="float", output=None, recipe={"sweeps": 3})
+    config = LayerQuantizationConfig.of(file, edges="float", output_layer=None, recipe={"sweeps": 3})
     assert config.to_dict() == {
         "scheme": "t2a8g64",
         "layers": ["query|key=t3a8g64", "ffn=t1a8"],
         "edges": "float",
-        "output": "float",
+        "output_layer": "float",
         "embeddings": "float",
         "recipe": {"method": "twn", "sweeps": 3},
     }
@@ -111,14 +122,14 @@ def test_toml_is_read_and_options_win(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("scheme = ", "is no TOML: "),
-        ('shceme = "t1a8"', "has no option 'shceme'; options are: scheme, layers, edges, output, embeddings, recipe"),
+        ('shceme = "t1a8"', "has no option 'shceme'; options are: scheme, layers, edges, output_layer, embeddings, recipe"),
         ("scheme = 3", "scheme is 3; expected a string"),
         ("layers = [1]", "layers is [1]; expected strings"),
         ("layers = 4", "layers is 4; expected strings"),
         ('recipe = "twn"', "recipe is 'twn'; expected a table"),
         ('scheme = "t9"', "scheme 't9': unknown"),
         ('edges = "t5"', "edges: got 't5'; expected float, same, planes alone (t4) or a scheme"),
-        ('output = "int8"', "output: got 'int8'; expected float, same"),
+        ('output_layer = "int8"', "output_layer: got 'int8'; expected float, same"),
         ('embeddings = "t2"', "embeddings: got 't2'; expected one of int8, float"),
         ('layers = "("', "layers '(': is no regular expression"),
     ],

@@ -7,6 +7,7 @@ Read off the names: exporters and checkpoints number the blocks (``encoder.layer
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 FIRST, LAST, ONLY, OUTPUT = "the first block", "the last block", "the only block", "the output layer"
 
@@ -16,6 +17,26 @@ def block_of(name: str) -> tuple[str, int] | None:
     parts = name.split(".")
     position = next((i for i, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
     return None if position is None else (".".join(parts[:position]), int(parts[position]))
+
+
+def blocks_of(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """The block of each name that tells one.
+
+    Components that all names share tell nothing (``model.0.auto_model.encoder.layer.1...``), unless there is no other
+    number: then all names are of one block.
+    """
+    ordered = [name for name in names if block_of(name) is not None]
+    parts = [name.split(".") for name in ordered]
+    shared = ".".join(first[0] for first in _leading(parts))
+    inner = {name: block_of(name[len(shared) :].removeprefix(".")) for name in ordered}
+    outer = f"{shared}." if shared else ""
+    found = {name: (f"{outer}{block[0]}".rstrip("."), block[1]) for name, block in inner.items() if block is not None}
+    return found or {name: block for name in ordered if (block := block_of(name)) is not None}
+
+
+def _leading(parts: list[list[str]]) -> list[tuple[str, ...]]:
+    """The first components, as long as they are the same in all names."""
+    return list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 
 def find_places(names: Iterable[str]) -> dict[str, str]:
@@ -34,7 +55,7 @@ def find_places(names: Iterable[str]) -> dict[str, str]:
         that are missing stand in between.
     """
     ordered = list(names)
-    of = {name: block for name in ordered if (block := block_of(name)) is not None}
+    of = blocks_of(ordered)
     if not of:
         return dict.fromkeys(ordered[-1:], OUTPUT) if len(ordered) > 1 else {}
     blocks = list(dict.fromkeys(of.values()))
