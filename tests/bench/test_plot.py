@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tvm_ternary.analysis.pictures import require_format
 from tvm_ternary.bench.lines import Results
-from tvm_ternary.bench.plot import plot_roofline, require_format
+from tvm_ternary.bench.plot import plot_roofline
 from tvm_ternary.bench.roofline import Limits
 from tvm_ternary.errors import HostError, OptionError
 

@@ -7,44 +7,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tvm_ternary.analysis.pictures import require_format, save_figure
 from tvm_ternary.bench.lines import Results
 from tvm_ternary.bench.measurement import Measurement
 from tvm_ternary.bench.roofline import Limits
-from tvm_ternary.errors import HostError, OptionError
-from tvm_ternary.files import atomic_path
 from tvm_ternary.formats.scheme import parse_packed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg")
 _MARKERS = "os^vDPX*<>hp"
 _PANEL = (8.4, 5.2)
 _WIDE = 2
 _PEAK_OF = {32: "float32", 8: "int8", 1: "trits"}
-# What a file says about its making would make two of the same lines differ.
-_METADATA: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None}}
 
 Panel = tuple[str, int, str]
 """Target, threads, cache."""
-
-
-def require_format(path: Path) -> None:
-    """Fail now rather than after minutes of measuring, if `plot_roofline` could not write such a file.
-
-    Raises
-    ------
-    OptionError
-        If the name ends otherwise than in ``.png`` or ``.svg``.
-    HostError
-        If matplotlib is not installed.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise OptionError(str(path), f"ends in {path.suffix!r}; expected {' or '.join(FORMATS)}", "name it otherwise")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise HostError("plot", "needs the package matplotlib", "install tvm-ternary[plot]") from error
 
 
 def plot_roofline(results: Results, path: Path) -> None:
@@ -78,7 +56,7 @@ def plot_roofline(results: Results, path: Path) -> None:
     markers = {m: _MARKERS[position % len(_MARKERS)] for position, m in enumerate(sizes)}
     columns = min(len(panels), _WIDE)
     rows = math.ceil(len(panels) / columns)
-    with plt.rc_context({"svg.hashsalt": "roofline", "font.size": 9}):
+    with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(
             rows, columns, figsize=(_PANEL[0] * columns, _PANEL[1] * rows), squeeze=False, layout="constrained"
         )
@@ -88,8 +66,7 @@ def plot_roofline(results: Results, path: Path) -> None:
             _draw(axis, panel, group, results.limits.get(panel[:2]), colours, markers)
         _legend(figure, colours, markers)
         figure.suptitle(f"{results.facts['cpu']}: $y = x w^T$ by a ternary w, float32 to float32")
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, metadata=_METADATA[path.suffix.lower()], dpi=110)
+        save_figure(figure, path, "roofline")
         plt.close(figure)
 
 

@@ -68,12 +68,13 @@ def _run_matmul(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shapes.split(",")]
     rows = [whole_number("--rows", "M", text) for text in args.rows.split(",")]
 
+    from tvm_ternary.analysis.pictures import require_format
     from tvm_ternary.bench.lines import Results, append_line
     from tvm_ternary.bench.machine import machine_facts
     from tvm_ternary.bench.matmul import cache_states, measure_matmuls
     from tvm_ternary.bench.peers import absent_peers, choose_peers
     from tvm_ternary.bench.peers.llama_cpp import FOLDER
-    from tvm_ternary.bench.plot import plot_roofline, require_format
+    from tvm_ternary.bench.plot import plot_roofline
     from tvm_ternary.bench.report import limits_table, machine_table
     from tvm_ternary.bench.roofline import Roofline
     from tvm_ternary.cli.progress import show_progress
@@ -125,8 +126,9 @@ def _tables(measured: list[Measurement]) -> list[Table]:
 
 def _run_plot(args: argparse.Namespace) -> int:
     """Read the lines and draw."""
+    from tvm_ternary.analysis.pictures import require_format
     from tvm_ternary.bench.lines import read_lines
-    from tvm_ternary.bench.plot import plot_roofline, require_format
+    from tvm_ternary.bench.plot import plot_roofline
 
     paths = [Path(text) for text in args.output]
     for path in paths:
