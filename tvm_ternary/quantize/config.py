@@ -34,7 +34,7 @@ class LayerQuantizationConfig:
     edges : str
         What the first and the last block become: ``t4`` (four planes, whose whole factors make a weight one of 81
         levels in 8 bits), ``float``, ``same`` or a scheme.
-    output : str
+    output_layer : str
         The same for what stands behind the blocks: heads, poolers.
     embeddings : str
         ``int8``, a scale a row, or ``float``.
@@ -50,7 +50,7 @@ class LayerQuantizationConfig:
     scheme: str = "t3a8g64"
     layers: tuple[str, ...] = ("all",)
     edges: str = "t4"
-    output: str = "float"
+    output_layer: str = "float"
     embeddings: str = "int8"
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,9 +58,8 @@ class LayerQuantizationConfig:
         scheme = Scheme.parse(self.scheme)
         parse_layers(self.layers, scheme)
         parse_place("edges", self.edges, scheme)
-        parse_place("output", self.output, scheme)
-        if self.embeddings not in EMBEDDINGS:
-            raise OptionError("embeddings", f"got {self.embeddings!r}; expected one of {', '.join(EMBEDDINGS)}")
+        parse_place("output_layer", self.output_layer, scheme)
+        require_embeddings(self.embeddings)
 
     @classmethod
     def of(cls, file: str | Path | None = None, **options: Any) -> LayerQuantizationConfig:
@@ -101,12 +100,24 @@ class LayerQuantizationConfig:
         OptionError
             If an entry of ``layers`` matches no matrix.
         """
-        return make_plan(matrices, self.scheme, self.layers, edges=self.edges, output=self.output)
+        return make_plan(matrices, self.scheme, self.layers, edges=self.edges, output_layer=self.output_layer)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, the same for equal configurations."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {**values, "layers": list(self.layers), "recipe": dict(sorted(self.recipe.items()))}
+
+
+def require_embeddings(choice: str) -> None:
+    """Check what embedding tables are to become.
+
+    Raises
+    ------
+    OptionError
+        If it is none of `EMBEDDINGS`.
+    """
+    if choice not in EMBEDDINGS:
+        raise OptionError("embeddings", f"got {choice!r}; expected one of {', '.join(EMBEDDINGS)}")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

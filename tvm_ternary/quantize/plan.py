@@ -106,7 +106,7 @@ def make_plan(
     packing: str = "fast",
     *,
     edges: str = "same",
-    output: str = "same",
+    output_layer: str = "same",
 ) -> list[LayerPlan]:
     """Decide for each matrix.
 
@@ -118,18 +118,19 @@ def make_plan(
         As in `parse_layers`.
     packing : str
         A key of `formats.PACKINGS`.
-    edges, output : str
+    edges, output_layer : str
         What the matrices of the first and last block, and those behind the blocks, become where a word of ``layers``
         chose them; see `parse_place`. A matrix that a regular expression chose becomes what that says.
 
     Raises
     ------
     OptionError
-        If an entry of ``layers`` matches no matrix, the message lists the names; if ``edges`` or ``output`` cannot be
-        read; or if the packing does not exist for one of the schemes.
+        If an entry of ``layers`` matches no matrix, the message lists the names; if ``edges`` or ``output_layer``
+        cannot be read; or if the packing does not exist for one of the schemes.
     """
     rules = parse_layers(layers, scheme)
-    for text, option in ((edges, "edges"), (output, "output")):
+    policy = {"edges": edges, "output_layer": output_layer}
+    for option, text in policy.items():
         parse_place(option, text, Scheme(1, 8, PerChannel()))
     for rule in rules:
         require_packing(packing, rule.scheme.activation_bits)
@@ -137,10 +138,7 @@ def make_plan(
             known = ", ".join(matrices) or "none"
             raise OptionError(f"layers {rule.text!r}", "matches no matrix of the model", f"matrices are: {known}")
     places = find_places(matrices)
-    return [
-        _decide(name, shape, rules, packing, places.get(name), {"edges": edges, "output": output})
-        for name, shape in matrices.items()
-    ]
+    return [_decide(name, shape, rules, packing, places.get(name), policy) for name, shape in matrices.items()]
 
 
 def parse_place(option: str, text: str, scheme: Scheme) -> Scheme | None:
@@ -190,11 +188,12 @@ def _decide(
         return LayerPlan(name, shape, None, "not chosen by layers")
     scheme, why = rule.scheme, f"layers {rule.text}"
     if place is not None and rule.is_word:
-        option = "output" if place == OUTPUT else "edges"
+        option = "output_layer" if place == OUTPUT else "edges"
         chosen = parse_place(option, policy[option], rule.scheme)
+        told = f"{place}: {option.replace('_', '-')} is {policy[option]}"
         if chosen is None:
-            return LayerPlan(name, shape, None, f"{place}: --{option} is float")
-        scheme, why = chosen, why if policy[option] == "same" else f"{place}: --{option} is {policy[option]}"
+            return LayerPlan(name, shape, None, told)
+        scheme, why = chosen, why if policy[option] == "same" else told
         require_packing(packing, scheme.activation_bits)
     ternary, dense = packed_bits(shape, scheme, packing), 32 * shape[0] * shape[1]
     if ternary >= dense:
