@@ -1,7 +1,7 @@
 """GPT-2.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3. Names of tensors and settings
-as in transformers: ``GPT2LMHeadModel``, or ``GPT2Model`` alone, whose output layer is the table of its embeddings. Their
+as in transformers: ``GPT2LMHeadModel``, or ``GPT2Model`` alone, whose output layer is the table of its embeddings.
 ``Conv1D`` stores matrices as (in_features, out_features).
 """
 
