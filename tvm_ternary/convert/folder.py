@@ -13,11 +13,14 @@ import numpy as np
 
 from tvm_ternary.files import atomic_path
 from tvm_ternary.formats import TernaryTensor
+from tvm_ternary.formats.bitnet_tensors import BitnetTensors
 from tvm_ternary.formats.checkpoint_folder import CheckpointFolder, Tensor, save_folder
 from tvm_ternary.formats.quantization import CONFIG_KEY, QuantizationConfig
+from tvm_ternary.formats.quantized_tensors import FLOAT, QuantizedTensors
+from tvm_ternary.formats.tensor_files import Tensors, open_tensors
 from tvm_ternary.graph.importer import ImportedModel, OnnxGraph
 from tvm_ternary.graph.onnx.strip import locate_weights, only_ternary, strip_weights
-from tvm_ternary.graph.quantized import CONFIG, GRAPH, read_config
+from tvm_ternary.graph.quantized import CONFIG, GRAPH, is_quantized, read_config
 
 BESIDE = (
     "tokenizer.json",
@@ -31,9 +34,6 @@ BESIDE = (
     "generation_config.json",
 )
 """Files of a model that are copied as they are."""
-
-_FLOAT = "float."
-"""What the stored names of float weights of a graph begin with, which may also be those of ternary matrices."""
 
 
 def write_folder(
@@ -64,8 +64,10 @@ def write_folder(
         If a file cannot be written.
     """
     home = source if source.is_dir() else source.parent
-    assert model.onnx is not None
-    config = _write_graph(folder, model.onnx, weights, config)
+    if model.onnx is not None:
+        config = _write_graph(folder, model.onnx, weights, config)
+    else:
+        save_folder(folder, _Merged(weights, _Rest(_float_tensors(source), model, weights)))
     for name in BESIDE:
         if (home / name).is_file():
             with atomic_path(folder / name) as path:
@@ -84,12 +86,39 @@ def _write_graph(
     folder: Path, graph: OnnxGraph, weights: Mapping[str, TernaryTensor], config: QuantizationConfig
 ) -> QuantizationConfig:
     stripped, arrays = strip_weights(graph.model, only_ternary(graph.model.graph, graph.uses, weights))
-    save_folder(folder, _Merged(weights, {_FLOAT + name: array for name, array in arrays.items()}))
+    save_folder(folder, _Merged(weights, {FLOAT + name: array for name, array in arrays.items()}))
     tensors = CheckpointFolder(folder)
-    locate_weights(stripped, lambda name: tensors.extent(_FLOAT + name), arrays)
+    locate_weights(stripped, lambda name: tensors.extent(FLOAT + name), arrays)
     with atomic_path(folder / GRAPH) as path:
         path.write_bytes(stripped.SerializeToString(deterministic=True))
     return replace(config, uses={node: list(uses) for node, uses in graph.uses.items()})
+
+
+def _float_tensors(source: Path) -> Tensors:
+    """The tensors of the checkpoint a model came from, without what belongs to matrices that are ternary in it."""
+    if is_quantized(source):
+        return QuantizedTensors(CheckpointFolder(source), read_config(source)[1].schemes)
+    tensors, quantization = open_tensors(source), _config_of(source).get(CONFIG_KEY)
+    return BitnetTensors(tensors, quantization) if quantization is not None else tensors
+
+
+class _Rest(Mapping[str, "np.ndarray[Any, Any]"]):
+    """Float tensors by the names they are stored under, each read when it is asked for."""
+
+    def __init__(self, tensors: Tensors, model: ImportedModel, weights: Mapping[str, TernaryTensor]) -> None:
+        self._tensors = tensors
+        self._sources = {name: name for name in tensors.names() if name not in weights}
+        # Rows are gathered from the float table, also where a product uses its ternary twin.
+        self._sources |= {FLOAT + name: name for name in weights if name in model.tables}
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        return self._tensors.load(self._sources[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
 class _Merged(Mapping[str, Tensor]):
@@ -114,6 +143,10 @@ class _Merged(Mapping[str, Tensor]):
 
 def _own_config(home: Path) -> dict[str, Any]:
     """The keys of the model's own ``config.json``; a model of ONNX need not have one."""
+    return {key: value for key, value in _config_of(home).items() if key != CONFIG_KEY}
+
+
+def _config_of(home: Path) -> dict[str, Any]:
     path = home / CONFIG
     if not path.is_file():
         return {}
@@ -121,4 +154,4 @@ def _own_config(home: Path) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except ValueError:
         return {}  # of something else that lies beside an ONNX file
-    return {key: value for key, value in document.items() if key != CONFIG_KEY} if isinstance(document, dict) else {}
+    return document if isinstance(document, dict) else {}

@@ -20,7 +20,7 @@ from tvm_ternary.formats.checkpoint import CheckpointFile, save_tensors
 from tvm_ternary.formats.ternary import TernaryTensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
 
 Tensor = TernaryTensor | npt.NDArray[Any]
 
@@ -70,31 +70,31 @@ class CheckpointFolder(Mapping[str, Tensor]):
 def save_folder(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors to a folder that exists, in as few files as the size of one allows.
 
-    Arrays may be mapped from files: nothing is held that is not being written.
+    Tensors are asked for twice, once for their size, and held only while their file is written.
 
     Raises
     ------
     LayoutError, OutputError
         As `save_tensors`.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    shards: list[list[str]] = [[]]
+    total = size = 0
     for name in sorted(tensors):
-        tensor = tensors[name]
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+        needed = tensors[name].nbytes
+        if shards[-1] and size + needed > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shards[-1].append(name)
+        size, total = size + needed, total + needed
     if len(shards) == 1:
-        save_tensors(folder / WEIGHTS, shards[0])
+        save_tensors(folder / WEIGHTS, {name: tensors[name] for name in shards[0]})
         return
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: tensors[name] for name in names}
         save_tensors(folder / file, shard)
         where |= dict.fromkeys((part for name, tensor in shard.items() for part in _parts(name, tensor)), file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     with atomic_path(folder / INDEX) as path:
         document = {"metadata": {"total_size": total}, "weight_map": where}
         path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")

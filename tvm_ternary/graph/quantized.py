@@ -8,17 +8,19 @@ ONNX finds them, and the data of ternary matrices are left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tvm_ternary.errors import ModelError
-from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.formats.checkpoint_folder import CheckpointFolder
 from tvm_ternary.formats.quantization import CONFIG_KEY, QuantizationConfig
+from tvm_ternary.formats.quantized_tensors import QuantizedTensors, Ternary
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
+from tvm_ternary.graph.models.checkpoint import import_checkpoint
 from tvm_ternary.graph.onnx.emitter import MatrixUse
+from tvm_ternary.graph.passes.fix_inputs import fix_inputs
 
 CONFIG, GRAPH = "config.json", "model.onnx"
 
@@ -88,8 +90,12 @@ def import_quantized(
     missing = [name for name in config.schemes if name not in tensors or not tensors.is_ternary(name)]
     if missing:
         raise ModelError(str(folder), f"holds no ternary {missing[0]}, which {CONFIG} names", "quantize again")
-    uses = {node: [MatrixUse(*use) for use in found] for node, found in (config.uses or {}).items()}
-    imported = import_onnx(folder / GRAPH, dims, constants, uses=uses, ternary=Ternary(tensors, config.schemes))
+    if config.uses is None:
+        built = import_checkpoint(folder, QuantizedTensors(tensors, config.schemes))
+        imported = fix_inputs(built, dims, constants)
+    else:
+        uses = {node: [MatrixUse(*use) for use in found] for node, found in config.uses.items()}
+        imported = import_onnx(folder / GRAPH, dims, constants, uses=uses, ternary=Ternary(tensors, config.schemes))
     # Constants of this import may have cut branches off.
     ternary = Ternary(tensors, [name for name in config.schemes if name in imported.params])
     for name, shape in imported.shapes.items():
@@ -98,26 +104,3 @@ def import_quantized(
         if name in ternary and tensors.shape(name) != shape:
             raise ModelError(str(folder), f"{name} is {tensors.shape(name)}, its graph has {shape}", "quantize again")
     return replace(imported, ternary=ternary, name=folder.resolve().name)
-
-
-class Ternary(Mapping[str, TernaryTensor]):
-    """The named tensors of a checkpoint that are ternary, each read when it is asked for."""
-
-    def __init__(self, tensors: CheckpointFolder, names: Collection[str]) -> None:
-        self._tensors, self._names = tensors, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> TernaryTensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor = self._tensors[name]
-        assert isinstance(tensor, TernaryTensor)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
