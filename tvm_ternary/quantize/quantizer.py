@@ -69,7 +69,7 @@ def quantize(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     ternarize = _bind(method, options)
     matrix = np.asarray(array)
-    _check_matrix(matrix, name)
+    check_matrix(matrix, name)
     weight = recognise(matrix, (scheme.granularity,)) or _quantize_blocks(matrix, scheme, ternarize)
     return with_shared_scales(weight) if scheme.activation_bits in SHARED_SCALES else weight
 
@@ -117,7 +117,14 @@ def _bind(method: str, options: dict[str, float]) -> Callable[[Floats], Result]:
     return partial(function, **options)
 
 
-def _check_matrix(array: npt.NDArray[Any], name: str) -> None:
+def check_matrix(array: npt.NDArray[Any], name: str) -> None:
+    """Refuse what is no matrix of finite numbers.
+
+    Raises
+    ------
+    ModelError
+        The first element that is not finite is named.
+    """
     if array.ndim != 2:
         raise ModelError(name, f"shape {array.shape}, expected a matrix (N, K)", "reshape it or leave it in float")
     if array.dtype.kind not in "fiu":
@@ -132,7 +139,7 @@ def _check_matrix(array: npt.NDArray[Any], name: str) -> None:
 
 
 def _float32(block: npt.NDArray[Any]) -> Floats:
-    """Round to float32; what is beyond becomes infinite, and `_check_matrix` refuses it."""
+    """Round to float32; what is beyond becomes infinite, and `check_matrix` refuses it."""
     with np.errstate(over="ignore"):
         return block.astype(np.float32, copy=False)
 
