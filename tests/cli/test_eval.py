@@ -61,6 +61,14 @@ def test_json(float_library: Path, library: Path) -> None:
     assert candidate["layers"][0]["weight_error"] > 0
 
 
+def test_report_and_pictures(float_library: Path, library: Path, tmp_path: Path) -> None:
+    report, folder = tmp_path / "r.html", tmp_path / "pictures"
+    result = cli("eval", float_library, library, "--samples", "2", "--html", report, "--plots", folder, "--quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert report.read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in folder.iterdir()) == ["matrices.svg", "outputs-1.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -77,6 +85,7 @@ def test_json(float_library: Path, library: Path) -> None:
         (("LIBRARY", "--seed", "-1"), "--seed: is -1"),
         (("--scheme", "t2a8"), "is compiled already"),
         (("nowhere.so",), "nowhere.so"),
+        (("LIBRARY", "--html", "/nowhere/at/all.html"), "its folder /nowhere/at does not exist"),
     ],
 )
 def test_errors_are_one_line(

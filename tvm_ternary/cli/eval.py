@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, print_json, size_or_name
@@ -28,9 +29,10 @@ Bits a weight count scales and padding, as they lie in the library.
 """
 _EXAMPLES = """\
   tvm-ternary eval model.onnx quantized-folder --data samples.npz
-  tvm-ternary eval model.onnx --scheme t1a8g64 --scheme t2a8g64 --scheme t3a8g64
+  tvm-ternary eval model.onnx --scheme t1a8g64 --scheme t2a8g64 --scheme t3a8g64 --html report.html
   tvm-ternary eval checkpoint-folder quantized-folder --data lee_background.cor --samples 64 --length 128
   tvm-ternary eval float.so ternary.so --metric examples/sentence_similarity.py:lee --json
+  tvm-ternary eval model.onnx folder-a folder-b --metric metrics.py:accuracy --plots pictures
 """
 
 
@@ -62,6 +64,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         parser.add_argument(
             option, metavar="NAME=VALUE", action="append", default=[], help=f"{meaning}; as for 'compile'"
         )
+    parser.add_argument("--html", metavar="FILE", help="write a report with pictures too, one file")
+    parser.add_argument("--plots", metavar="DIR", help="write the pictures too, as .svg and .png")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -83,42 +87,60 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, showing progress, and print or write what was found."""
-    if args.seed < 0:
-        raise OptionError("--seed", f"is {args.seed}; expected a whole number")
-    dims = {name: size_or_name("--dim", name, text) for name, text in parse_pairs("--dim", args.dim, "batch=1").items()}
-    constants = parse_pairs("--constant", args.constant, "sr=16000")
-    options: dict[str, Any] = {"layers": args.layers, "method": args.method}
-    options = {name: value for name, value in options.items() if value is not None}
-    if options and not args.scheme:
-        raise OptionError(f"--{next(iter(options))}", "is for --scheme, which is not given", "leave it out")
+    options = _options(args)
 
+    from tvm_ternary.analysis.gallery import write_pictures
+    from tvm_ternary.analysis.html import write_report
+    from tvm_ternary.analysis.pictures import require_matplotlib
     from tvm_ternary.analysis.quality_tables import evaluation_tables
     from tvm_ternary.cli.progress import show_progress
     from tvm_ternary.cli.tables import print_tables
     from tvm_ternary.evaluation.evaluate import evaluate
+    from tvm_ternary.files import require_writable
 
+    if args.html is not None:
+        require_writable(args.html)
+    if args.html is not None or args.plots is not None:
+        require_matplotlib()
     with show_progress(quiet=args.quiet or args.json) as progress:
-        evaluation = evaluate(
-            args.model,
-            args.candidates,
-            scheme=args.scheme,
-            target=args.target,
-            device=args.device,
-            data=args.data,
-            samples=args.samples,
-            length=args.length,
-            seed=args.seed,
-            tokenizer=args.tokenizer,
-            metric=args.metric,
-            logits=args.logits,
-            threads=args.threads,
-            dims=dims,
-            constants={name: constant(name, text) for name, text in constants.items()},
-            options=options,
-            progress=progress,
-        )
+        evaluation = evaluate(args.model, args.candidates, progress=progress, **options)
+    if args.html is not None:
+        write_report(evaluation, Path(args.html))
+    if args.plots is not None:
+        write_pictures(evaluation, Path(args.plots))
     if args.json:
         print_json(evaluation.to_dict())
     else:
         print_tables(evaluation_tables(evaluation))
     return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `tvm_ternary.evaluation.evaluate` takes by keyword."""
+    if args.seed < 0:
+        raise OptionError("--seed", f"is {args.seed}; expected a whole number")
+    dims = parse_pairs("--dim", args.dim, "batch=1")
+    constants = parse_pairs("--constant", args.constant, "sr=16000")
+    of_schemes = {"layers": args.layers, "method": args.method}
+    given = {name: value for name, value in of_schemes.items() if value is not None}
+    if given and not args.scheme:
+        raise OptionError(f"--{next(iter(given))}", "is for --scheme, which is not given", "leave it out")
+    same = (
+        "scheme",
+        "target",
+        "device",
+        "data",
+        "samples",
+        "length",
+        "seed",
+        "tokenizer",
+        "metric",
+        "logits",
+        "threads",
+    )
+    return {
+        **{name: getattr(args, name) for name in same},
+        "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
+        "constants": {name: constant(name, text) for name, text in constants.items()},
+        "options": given,
+    }
