@@ -8,13 +8,18 @@ from typing import Any
 from tvm_ternary.errors import ModelError
 from tvm_ternary.formats.tensor_files import Tensors
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.models import bert, gpt2
+from tvm_ternary.graph.models import bert, gpt2, llama
 
 Build = Callable[[Mapping[str, Any], Tensors], ImportedModel]
 
 ARCHITECTURES: dict[str, Build] = {
     "bert": bert.build,
+    "bitnet": llama.build_bitnet,
     "gpt2": gpt2.build,
+    "llama": llama.build,
+    "mistral": llama.build_mistral,
+    "qwen2": llama.build_qwen2,
+    "qwen3": llama.build_qwen3,
     "roberta": bert.build_roberta,
     "xlm-roberta": bert.build_roberta,
 }
