@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tvm_ternary import ops as ops
     from tvm_ternary.compiler import Artifact as Artifact
     from tvm_ternary.compiler import compile as compile
+    from tvm_ternary.convert.job import QuantizedModel as QuantizedModel
+    from tvm_ternary.convert.job import quantize_model as quantize_model
     from tvm_ternary.errors import TernaryError as TernaryError
     from tvm_ternary.formats.scheme import Scheme as Scheme
     from tvm_ternary.formats.ternary import TernaryTensor as TernaryTensor
@@ -26,15 +28,29 @@ if TYPE_CHECKING:
 _HOMES = {
     "Artifact": "tvm_ternary.compiler",
     "Module": "tvm_ternary.runtime.module",
+    "QuantizedModel": "tvm_ternary.convert.job",
     "Scheme": "tvm_ternary.formats.scheme",
     "TernaryError": "tvm_ternary.errors",
     "TernaryTensor": "tvm_ternary.formats.ternary",
     "compile": "tvm_ternary.compiler",
     "load": "tvm_ternary.runtime.module",
     "quantize": "tvm_ternary.quantize.quantizer",
+    "quantize_model": "tvm_ternary.convert.job",
 }
 
-__all__ = ["Artifact", "Module", "Scheme", "TernaryError", "TernaryTensor", "compile", "load", "ops", "quantize"]
+__all__ = [
+    "Artifact",
+    "Module",
+    "QuantizedModel",
+    "Scheme",
+    "TernaryError",
+    "TernaryTensor",
+    "compile",
+    "load",
+    "ops",
+    "quantize",
+    "quantize_model",
+]
 
 
 def __getattr__(name: str) -> Any:

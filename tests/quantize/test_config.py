@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tvm_ternary.errors import OptionError
 from tvm_ternary.quantize.blocks import FIRST, LAST, ONLY, OUTPUT, block_of, blocks_of, find_places
 from tvm_ternary.quantize.config import LayerQuantizationConfig
 from tvm_ternary.quantize.plan import make_plan
+from tvm_ternary.quantize.recipe import Recipe
 
 SIZE = (384, 384)
 BERT = [f"encoder.layer.{i}.{part}.weight" for i in range(3) for part in ("attention.self.query", "output.dense")]
@@ -107,13 +109,14 @@ def test_toml_is_read_and_options_win(tmp_path: Path) -> None:
         '[layers]\n"query|key" = "t3a8g64"\nffn = "t1a8"\n[recipe]\nmethod = "twn"\nsweeps = 2\n'
     )
     config = LayerQuantizationConfig.of(file, edges="float", output_layer=None, recipe={"sweeps": 3})
+    assert config.recipe == Recipe(method="twn", sweeps=3)
     assert config.to_dict() == {
         "scheme": "t2a8g64",
         "layers": ["query|key=t3a8g64", "ffn=t1a8"],
         "edges": "float",
         "output_layer": "float",
         "embeddings": "float",
-        "recipe": {"method": "twn", "sweeps": 3},
+        "recipe": asdict(config.recipe),
     }
     assert LayerQuantizationConfig.of(None, layers="ffn").layers == ("ffn",)
 
@@ -122,11 +125,18 @@ def test_toml_is_read_and_options_win(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("scheme = ", "is no TOML: "),
-        ('shceme = "t1a8"', "has no option 'shceme'; options are: scheme, layers, edges, output_layer, embeddings, recipe"),
+        (
+            'shceme = "t1a8"',
+            "has no option 'shceme'; options are: scheme, layers, edges, output_layer, embeddings, recipe",
+        ),
         ("scheme = 3", "scheme is 3; expected a string"),
         ("layers = [1]", "layers is [1]; expected strings"),
         ("layers = 4", "layers is 4; expected strings"),
         ('recipe = "twn"', "recipe is 'twn'; expected a table"),
+        ("[recipe]\nswaps = 3", "recipe has no option 'swaps'; options are: method, compensate"),
+        ("[recipe]\nsweeps = 2.5", "recipe sweeps is 2.5; expected one like 3"),
+        ("[recipe]\ncompensate = 1", "recipe compensate is 1; expected one like True"),
+        ('[recipe]\nmethod = "magic"', "method 'magic': unknown"),
         ('scheme = "t9"', "scheme 't9': unknown"),
         ('edges = "t5"', "edges: got 't5'; expected float, same, planes alone (t4) or a scheme"),
         ('output_layer = "int8"', "output_layer: got 'int8'; expected float, same"),

@@ -1,1 +1,1 @@
-"""From a model to a quantized one: samples, what calibration gathers, the layer-by-layer job and its checkpoint folder."""
+"""From a model to a quantized one: samples, what calibration gathers, the job group by group, its checkpoint folder."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.quantize.plan import LayerPlan, make_plan, parse_layers, parse_place
+from tvm_ternary.quantize.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,8 +39,8 @@ class LayerQuantizationConfig:
         The same for what stands behind the blocks: heads, poolers.
     embeddings : str
         ``int8``, a scale a row, or ``float``.
-    recipe : mapping
-        How matrices are fitted; the options of `tvm_ternary.quantize.Recipe`.
+    recipe : Recipe
+        How matrices are fitted.
 
     Raises
     ------
@@ -52,7 +53,7 @@ class LayerQuantizationConfig:
     edges: str = "t4"
     output_layer: str = "float"
     embeddings: str = "int8"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         scheme = Scheme.parse(self.scheme)
@@ -70,7 +71,7 @@ class LayerQuantizationConfig:
         file : path, optional
             Its keys are the parameters; ``layers`` is a string, an array, or a table of patterns to schemes in order.
         **options
-            The parameters; ``recipe`` is merged key by key.
+            The parameters; ``recipe`` is a mapping of the parameters of `Recipe`, here and in the file.
 
         Raises
         ------
@@ -90,7 +91,7 @@ class LayerQuantizationConfig:
         for name, value in values.items():
             if name not in ("layers", "recipe") and not isinstance(value, str):
                 raise OptionError(subject, f"{name} is {value!r}; expected a string", f'for example {name} = "t2a8g64"')
-        return replace(cls(), **{**values, "recipe": recipe})
+        return replace(cls(), **{**values, "recipe": _recipe(subject, recipe)})
 
     def plan(self, matrices: Mapping[str, tuple[int, int]]) -> list[LayerPlan]:
         """Decide for each matrix, name to (N, K) in the order of their use.
@@ -105,7 +106,7 @@ class LayerQuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, the same for equal configurations."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {**values, "layers": list(self.layers), "recipe": dict(sorted(self.recipe.items()))}
+        return {**values, "layers": list(self.layers), "recipe": asdict(self.recipe)}
 
 
 def require_embeddings(choice: str) -> None:
@@ -133,6 +134,18 @@ def _table(subject: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(subject, f"recipe is {value!r}; expected a table", 'for example [recipe] method = "twn"')
     return value
+
+
+def _recipe(subject: str, values: Mapping[str, Any]) -> Recipe:
+    """A recipe of options by name, each of the type that its default has."""
+    defaults = asdict(Recipe())
+    for name, value in values.items():
+        if name not in defaults:
+            raise OptionError(subject, f"recipe has no option {name!r}", f"options are: {', '.join(defaults)}")
+        kinds = (int, float) if isinstance(defaults[name], float) else (type(defaults[name]),)
+        if type(value) not in kinds:
+            raise OptionError(subject, f"recipe {name} is {value!r}; expected one like {defaults[name]!r}")
+    return Recipe(**values)
 
 
 def _layers(subject: str, value: str | Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:

@@ -43,6 +43,16 @@ def is_left_out(tensor: onnx.TensorProto) -> bool:
     return bool(uses_external_data(tensor)) and ExternalDataInfo(tensor).location == LEFT_OUT
 
 
+def data_files(model: onnx.ModelProto) -> list[Path]:
+    """The files beside a model that its weights lie in."""
+    found = {
+        ExternalDataInfo(tensor).location
+        for tensor in model.graph.initializer
+        if uses_external_data(tensor) and not is_left_out(tensor)
+    }
+    return [Path(file) for file in sorted(found)]
+
+
 def point_to(tensor: onnx.TensorProto, location: str, offset: int | None = None, length: int | None = None) -> None:
     """Say where the data of an initializer lie, and take them out of it."""
     for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data"):

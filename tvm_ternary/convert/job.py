@@ -1,0 +1,415 @@
+"""Quantize a model: one group of matrices after the other, resumable, into a checkpoint folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_ternary.convert.folder import write_folder
+from tvm_ternary.convert.parts import Parts, open_parts
+from tvm_ternary.errors import OutputError
+from tvm_ternary.formats import Scheme, TernaryTensor
+from tvm_ternary.formats.checkpoint import CheckpointFile
+from tvm_ternary.formats.quantization import QuantizationConfig
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.onnx.data import data_files
+from tvm_ternary.graph.quantized import is_quantized, read_config
+from tvm_ternary.graph.source import import_model
+from tvm_ternary.quantize.config import LayerQuantizationConfig
+from tvm_ternary.quantize.fit import fit_matrix, metric_of
+from tvm_ternary.quantize.observers import Statistics
+from tvm_ternary.quantize.plan import LayerPlan, packed_bits
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how many of its steps are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What became of a matrix, or is to become of it.
+
+    Attributes
+    ----------
+    name : str
+    shape : (N, K)
+    scheme : str or None
+        None: it stayed float.
+    bits_per_weight : float
+        As kernels read it, scales and padding counted.
+    why : str
+        What decided.
+    error, output_error : float or None
+        Relative Frobenius norms of the error of the weights, and of their products with the calibration data.
+    notes : tuple of str
+        What a user should know.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str | None
+    bits_per_weight: float
+    why: str
+    error: float | None = None
+    output_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What `quantize_model` made.
+
+    Attributes
+    ----------
+    path : Path or None
+        The checkpoint folder; None where only the plan was wanted.
+    layers : tuple of QuantizedLayer
+        All matrices, in the order of their use.
+    seconds : float
+    resumed : int
+        Matrices that an earlier, killed run had finished.
+    """
+
+    path: Path | None
+    layers: tuple[QuantizedLayer, ...]
+    seconds: float
+    resumed: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the weights of all matrices, float ones included."""
+        weights = sum(n * k for n, k in (layer.shape for layer in self.layers))
+        bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return bits / weights if weights else 0.0
+
+
+def quantize_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    layers: str | Sequence[str] | Mapping[str, str] | None = None,
+    edges: str | None = None,
+    output_layer: str | None = None,
+    embeddings: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    calibration: str | Path | Iterable[Any] | None = None,
+    samples: int = 128,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    length: int = 128,
+    dims: Mapping[str, int | str] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    on_layer: Callable[[QuantizedLayer], None] | None = None,
+) -> QuantizedModel:
+    """Make a model's matrices ternary and write a checkpoint folder that `compile` reads.
+
+    One group of matrices after the other is fitted and stored, so that memory holds little more than the largest of
+    them, and a killed job goes on where it was.
+
+    Parameters
+    ----------
+    model : path
+        An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), or a quantized one, whose ternary
+        matrices stay as they are.
+    output : path
+        The folder to write; it appears whole or not at all. Work in progress lies in ``OUTPUT.partial``.
+    scheme, layers, edges, output_layer, embeddings, recipe
+        As `LayerQuantizationConfig`; None leaves it to ``config``, or to its default.
+    config : path, optional
+        A TOML file with the same keys.
+    calibration : path or iterable, optional
+        Inputs of the model, as `load_samples` takes them. Matrices are then fitted to what they multiply.
+    samples, seed, tokenizer, length
+        How many of the inputs to take, chosen by the seed; for text, what cuts it into tokens, and how many at most.
+    dims, constants : mappings, optional
+        As for `compile`; they become part of the checkpoint where the model is ONNX.
+    overwrite : bool
+        Whether an existing quantized checkpoint is replaced.
+    resume : bool
+        Whether to go on with what a killed job left; otherwise it is thrown away.
+    dry_run : bool
+        Only plan; nothing is written.
+    progress : callable, optional
+        Told of each step.
+    on_layer : callable, optional
+        Told of each matrix when it is finished.
+
+    Returns
+    -------
+    QuantizedModel
+
+    Raises
+    ------
+    ModelError, UnsupportedOperatorError
+        If the model cannot be read, imported or quantized.
+    OptionError, InputError
+        If an option names something that does not exist, or the calibration data do not fit.
+    OutputError
+        If the folder exists or cannot be written, or holds an unfinished job with other options.
+    """
+    started = time.perf_counter()
+    source, destination = Path(model), Path(output)
+    chosen = LayerQuantizationConfig.of(
+        config,
+        scheme=scheme,
+        layers=layers,
+        edges=edges,
+        output_layer=output_layer,
+        embeddings=embeddings,
+        recipe=recipe,
+    )
+    if not dry_run:
+        _require_free(destination, source, overwrite)
+    report = progress or (lambda stage, done, total: None)
+    report("import", 0, 1)
+    imported = import_model(source, dims, constants)
+    rows = {row.name: row for row in _with_ternary(chosen.plan(imported.shapes), imported, source)}
+    report("import", 1, 1)
+    if dry_run:
+        planned = tuple(_described(row, None) for row in rows.values())
+        return QuantizedModel(None, planned, time.perf_counter() - started)
+    inputs: list[dict[str, npt.NDArray[Any]]] | None = None
+    if calibration is not None:
+        from tvm_ternary.convert.samples import load_samples
+
+        inputs = load_samples(
+            calibration, imported.inputs, samples, seed, None if tokenizer is None else Path(tokenizer), length
+        )
+    # A checkpoint's own dimensions stay free: only a graph is changed by what is fixed here.
+    options = {**chosen.to_dict(), "samples": None if inputs is None else len(inputs), "seed": seed}
+    job = {
+        "model": _stamp(source, imported),
+        "plan": {name: str(row.scheme) for name, row in rows.items()},
+        "options": options,
+        "inputs": None if inputs is None else _digest(inputs),
+        "fixed": repr((sorted((dims or {}).items()), sorted((constants or {}).items()))),
+        "version": version("tvm-ternary"),
+    }
+    with open_parts(destination, job, resume=resume) as parts:
+        work = _Work(imported, rows, chosen, parts, report, on_layer)
+        work.run(inputs)
+        report("write", 0, 1)
+        _finish(destination, parts, imported, work, _config(source, rows, work, options), source)
+        report("write", 1, 1)
+    made = tuple(_described(row, work.results.get(row.name)) for row in rows.values())
+    return QuantizedModel(destination, made, time.perf_counter() - started, work.resumed)
+
+
+class _Work:
+    """Fits groups of matrices, or takes them from finished parts."""
+
+    def __init__(
+        self,
+        model: ImportedModel,
+        rows: Mapping[str, LayerPlan],
+        config: LayerQuantizationConfig,
+        parts: Parts,
+        progress: Progress,
+        on_layer: Callable[[QuantizedLayer], None] | None,
+    ) -> None:
+        self.model, self.rows, self.recipe, self.parts = model, rows, config.recipe, parts
+        self.progress, self.on_layer = progress, on_layer
+        self.wanted = [name for name, row in rows.items() if row.scheme is not None and name not in model.ternary]
+        self.weights = _Weights(model.ternary)
+        self.results: dict[str, Mapping[str, Any]] = {}
+        self.resumed = 0
+
+    def run(self, samples: Sequence[Mapping[str, npt.NDArray[Any]]] | None) -> None:
+        """Fit all matrices, with samples those that share an input together, each on what it then multiplies."""
+        self.progress("quantize", 0, len(self.wanted))
+        if samples is not None:
+            from tvm_ternary.convert.stream import calibrate
+
+            calibrate(self.model, samples, self.replace)
+        for name in self.wanted:
+            # With samples, what is left is not reached by any of them.
+            if name not in self.results:
+                self.fit([name], None)
+
+    def replace(self, names: Sequence[str], statistics: Statistics) -> dict[str, npt.NDArray[np.float32]]:
+        """Fit what is to be fitted of a group, and give (K, N) float weights for all of it."""
+        self.fit([name for name in names if name in self.wanted and name not in self.results], statistics)
+        return {
+            name: self.weights[name].dequantize().T if name in self.weights else self.model.params[name]
+            for name in names
+        }
+
+    def fit(self, names: list[str], statistics: Statistics | None) -> None:
+        """Fit matrices that share an input and keep them, unless that is done."""
+        if not names:
+            return
+        number = list(self.rows).index(names[0])
+        found = self.parts.find(number, names)
+        self.resumed += len(names) if found is not None else 0
+        if found is None:
+            self.parts.save(number, *self._fitted(names, statistics))
+            found = self.parts.find(number, names)
+            assert found is not None
+        content, results = found
+        for name in names:
+            self.weights.add(name, content)
+            self.results[name] = results[name]
+            self.progress("quantize", len(self.results), len(self.wanted))
+            if self.on_layer is not None:
+                self.on_layer(_described(self.rows[name], results[name]))
+
+    def _fitted(
+        self, names: list[str], statistics: Statistics | None
+    ) -> tuple[dict[str, TernaryTensor], dict[str, dict[str, Any]]]:
+        metric = None
+        if statistics is not None and statistics.hessian is not None and self.recipe.compensate:
+            metric = metric_of(statistics, self.recipe)
+        weights: dict[str, TernaryTensor] = {}
+        results: dict[str, dict[str, Any]] = {}
+        for name in names:
+            scheme = self.rows[name].scheme
+            assert scheme is not None
+            fit = fit_matrix(self.model.params[name].T, scheme, self.recipe, statistics, metric=metric, name=name)
+            weights[name] = fit.weight
+            results[name] = {
+                "error": fit.error,
+                "output_error": fit.output_error,
+                "plain_output_error": fit.plain_output_error,
+                "planes": fit.weight.num_planes,
+                "notes": list(fit.notes),
+            }
+        return weights, results
+
+
+class _Weights(Mapping[str, TernaryTensor]):
+    """All ternary matrices, each read from where it lies when it is asked for."""
+
+    def __init__(self, ternary: Mapping[str, TernaryTensor]) -> None:
+        self._homes: dict[str, Mapping[str, Any]] = dict.fromkeys(ternary, ternary)
+
+    def add(self, name: str, home: CheckpointFile) -> None:
+        self._homes[name] = home
+
+    def __getitem__(self, name: str) -> TernaryTensor:
+        tensor = self._homes[name][name]
+        assert isinstance(tensor, TernaryTensor)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+def _with_ternary(plan: Sequence[LayerPlan], model: ImportedModel, source: Path) -> Iterator[LayerPlan]:
+    """The plan, in which matrices that are ternary in the model stay as they are."""
+    schemes = read_config(source)[1].schemes if is_quantized(source) else {}
+    for row in plan:
+        if row.name not in model.ternary:
+            yield row
+            continue
+        known = schemes.get(row.name)
+        if known is None:
+            weight = model.ternary[row.name]
+            known = Scheme(weight.num_planes, row.scheme.activation_bits if row.scheme else 8, weight.granularity)
+        yield replace(row, scheme=known, reason=None, rule="ternary in the model")
+
+
+def _described(row: LayerPlan, result: Mapping[str, Any] | None) -> QuantizedLayer:
+    if row.scheme is None:
+        return QuantizedLayer(row.name, row.shape, None, 32.0, row.reason or "")
+    # A matrix that was ternary already needs one plane, whatever the scheme allows.
+    scheme = row.scheme if result is None else replace(row.scheme, planes=result.get("planes", row.scheme.planes))
+    bits = packed_bits(row.shape, scheme) / max(1, row.shape[0] * row.shape[1])
+    measured = result or {}
+    return QuantizedLayer(
+        row.name,
+        row.shape,
+        str(scheme),
+        bits,
+        row.rule,
+        measured.get("error"),
+        measured.get("output_error"),
+        tuple(measured.get("notes", ())),
+    )
+
+
+def _config(source: Path, rows: Mapping[str, LayerPlan], work: _Work, options: dict[str, Any]) -> QuantizationConfig:
+    """What ``config.json`` says; a quantized model to which nothing was added keeps what it said."""
+    before = read_config(source)[1] if is_quantized(source) else None
+    if before is not None and not work.results:
+        return before
+    return QuantizationConfig(
+        schemes={name: row.scheme for name, row in rows.items() if row.scheme is not None},
+        reasons={name: row.reason or "" for name, row in rows.items() if row.scheme is None},
+        embeddings=options["embeddings"],
+        results={**(before.results if before is not None else {}), **work.results},
+        options=options,
+    )
+
+
+def _finish(
+    destination: Path,
+    parts: Parts,
+    model: ImportedModel,
+    work: _Work,
+    config: QuantizationConfig,
+    source: Path,
+) -> None:
+    """Write the folder beside its place and rename it."""
+    made, old = parts.folder / "made", parts.folder / "old"
+    for folder in (made, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        made.mkdir()
+        write_folder(made, model, work.weights, config, source)
+        if destination.exists():
+            destination.rename(old)
+        made.rename(destination)
+    except OSError as error:
+        raise OutputError(str(destination), f"cannot be written ({error.strerror})", "check space") from error
+    shutil.rmtree(parts.folder, ignore_errors=True)
+
+
+def _require_free(destination: Path, source: Path, overwrite: bool) -> None:
+    inside = (source.resolve(), *source.resolve().parents)
+    if source.exists() and destination.exists() and destination.resolve() in inside:
+        raise OutputError(str(destination), "is the model itself, or holds it", "choose another name")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not is_quantized(destination):
+            raise OutputError(str(destination), "exists and is no quantized checkpoint", "choose another name")
+        if not overwrite:
+            raise OutputError(str(destination), "exists", "choose another name, or replace it with --overwrite")
+    elif destination.exists() and not destination.is_dir():
+        raise OutputError(str(destination), "is a file, expected a folder to write", "choose another name")
+
+
+def _stamp(source: Path, model: ImportedModel) -> list[list[Any]]:
+    """Name, size and time of change of the files a model is made of: cheap to look at, and new when they are."""
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.is_file())
+    else:
+        files = [source, *(data_files(model.onnx.model) if model.onnx is not None else [])]
+    return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+
+
+def _digest(samples: Iterable[Mapping[str, npt.NDArray[Any]]]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name, array in sorted(sample.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
