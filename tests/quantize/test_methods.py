@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -21,6 +22,7 @@ VARIANTS: list[tuple[str, dict[str, float]]] = [
     *(("absmax", {"fraction": fraction}) for fraction in (0.0, 0.5, 1.0)),
     *(("percentile", {"percent": percent}) for percent in (0.0, 46.0, 100.0)),
     *(("meanstd", {"k": k}) for k in (-0.3, 0.0, 1e6, -1e6)),
+    ("optimal", {}),
 ]
 variants = pytest.mark.parametrize(("method", "options"), VARIANTS)
 
@@ -60,6 +62,11 @@ def group_arrays(draw: st.DrawFn) -> np.ndarray:
         ("meanstd", {"k": 0.0}, [4, -2, 1, -1], [1, -1, 0, 0], 3.0),
         ("meanstd", {"k": 1.0}, [4, -2, 1, -1], [1, 0, 0, 0], 4.0),
         ("meanstd", {"k": -1.0}, [4, -2, 1, -1], [1, -1, 1, -1], 2.0),
+        # (4, 6, 7, 8)^2 / (1, 2, 3, 4) = 16, 18, 16.3, 16.
+        ("optimal", {}, [4, -2, 1, -1], [1, -1, 0, 0], 3.0),
+        ("optimal", {}, [4, -1, 1, -1], [1, 0, 0, 0], 4.0),
+        # Equal ones are kept together.
+        ("optimal", {}, [2, -1, 1, 1], [1, -1, 1, 1], 1.25),
     ],
 )
 def test_hand_examples(
@@ -133,6 +140,7 @@ def test_the_error_on_normal_weights_is_that_of_the_closed_form(method: str) -> 
         "absmax": 0.5 * float(np.abs(groups).max()),
         "percentile": 0.6128,  # P(|x| < 0.6128) = 0.46
         "meanstd": mean - 0.3 * deviation,
+        "optimal": 0.6120,  # Max 1960, table I
     }[method]
     # With t the threshold: E[|x|; |x| > t] = 2 phi(t) and P(|x| > t) = erfc(t / sqrt 2).
     kept, above = 2 * math.exp(-(threshold**2) / 2) / math.sqrt(2 * math.pi), math.erfc(threshold / math.sqrt(2))
@@ -140,9 +148,23 @@ def test_the_error_on_normal_weights_is_that_of_the_closed_form(method: str) -> 
     expected = 1 - 2 * level * kept + level**2 * above
     # Squared errors have a standard deviation below 1, so their mean over 200,000 one below 1 / sqrt(200,000) = 0.0022.
     assert error == pytest.approx(expected, abs=2 * 0.0022)
-    if method in ("percentile", "meanstd"):
+    if method in ("percentile", "meanstd", "optimal"):
         # Max 1960, table I: no three levels do better than 0.1902; these defaults are within 1 % of it.
         assert 0.1902 - 1e-4 < expected < 0.1902 * 1.01
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.booleans())
+def test_nothing_is_better_than_optimal(seed: int, length: int, whole: bool) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(-3, 4, (4, length)) if whole else rng.standard_normal((4, length))
+    groups = groups.astype(np.float32)
+    trits, scale = METHODS["optimal"](groups)
+    wide = groups.astype(np.float64)
+    error = ((wide - scale[:, None].astype(np.float64) * trits) ** 2).sum(axis=1)
+    every = np.array(list(itertools.product((-1, 0, 1), repeat=length)), dtype=np.float64)
+    fitted = (wide @ every.T) ** 2 / np.maximum((every**2).sum(axis=1), 1)
+    least = (wide**2).sum(axis=1) - fitted.max(axis=1)
+    np.testing.assert_allclose(error, least, rtol=1e-6, atol=1e-12 * length)
 
 
 @variants

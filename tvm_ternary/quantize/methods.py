@@ -120,6 +120,27 @@ def meanstd(groups: Floats, *, k: float = -0.3) -> Result:
     return _keep_from(groups, magnitude, mean + k * deviation)
 
 
+def optimal(groups: Floats) -> Result:
+    """Keep what leaves the smallest ||w - s t|| that any scale s and trits t can.
+
+    For given trits the best scale leaves ||w||^2 - (sum of kept |w|)^2 / (number kept), so the best k to keep are the k
+    largest, and the best k is where (sum of the k largest)^2 / k has its maximum. One sort finds it, in O(L log L).
+
+    References
+    ----------
+    Li, Zhang and Liu, "Ternary Weight Networks", arXiv:1605.04711, eq. (5) for the scale and (6) for the maximum.
+    """
+    magnitude = np.abs(groups)
+    if magnitude.size == 0:
+        return _keep_from(groups, magnitude, _largest(magnitude))
+    ordered = np.sort(magnitude, axis=1)[:, ::-1]
+    gain = np.cumsum(ordered, axis=1, dtype=np.float64)
+    gain *= gain
+    gain /= np.arange(1, gain.shape[1] + 1)
+    smallest = np.take_along_axis(ordered, gain.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return _keep_from(groups, magnitude, smallest.astype(np.float64))
+
+
 # What `quantize(method=...)` and the command line accept.
 METHODS: dict[str, Method] = {
     "absmean": absmean,
@@ -127,6 +148,7 @@ METHODS: dict[str, Method] = {
     "absmax": absmax,
     "percentile": percentile,
     "meanstd": meanstd,
+    "optimal": optimal,
 }
 
 
