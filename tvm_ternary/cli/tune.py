@@ -60,7 +60,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
     """Add what is to be tuned."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="the .onnx file whose matrices to tune for")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="the .onnx file or checkpoint folder whose matrices to tune for"
+    )
     parser.add_argument("--op", choices=("linear",), help="instead of a model: shapes of this operator")
     parser.add_argument("--shape", metavar="N,K", action="append", default=[], help="with --op; may be repeated")
     parser.add_argument("--m", metavar="M,...", default=_ROWS, help="rows of activations (default: %(default)s)")

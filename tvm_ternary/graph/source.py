@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tvm_ternary.formats.tensor_files import checkpoint_files
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.models.checkpoint import import_checkpoint
+from tvm_ternary.graph.models.settings import FILE
 from tvm_ternary.graph.passes.fix_inputs import fix_inputs
-from tvm_ternary.graph.quantized import import_quantized, is_quantized
+from tvm_ternary.graph.quantized import GRAPH, import_quantized, is_quantized
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 
 def import_model(
@@ -46,3 +52,30 @@ def import_model(
             return import_quantized(path, dims, constants)
         return fix_inputs(import_checkpoint(path), dims, constants)
     return import_onnx(path, dims, constants)
+
+
+def model_digest(source: str | Path) -> str:
+    """The SHA-256 of what `import_model` reads.
+
+    Returns
+    -------
+    str
+        Of an ``.onnx`` file its own; of a folder one over the names and contents of its configuration, graph and
+        tensor files.
+    """
+    path = Path(source)
+    digest = sha256()
+    if not path.is_dir():
+        _add_file(digest, path)
+        return digest.hexdigest()
+    for file in (path / FILE, path / GRAPH, *checkpoint_files(path)):
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0")
+            _add_file(digest, file)
+    return digest.hexdigest()
+
+
+def _add_file(digest: _Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

@@ -13,8 +13,8 @@ from tvm import relax
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.formats import Scheme
-from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.fuse_epilogues import fuse_epilogues
+from tvm_ternary.graph.source import import_model
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize.exact import recognise
@@ -62,7 +62,7 @@ def model_tasks(
     Parameters
     ----------
     model : path
-        The ``.onnx`` file.
+        An ``.onnx`` file or a checkpoint folder.
     target : Target
     rows : sequence of int
         M's where the model leaves the number of rows open; elsewhere its own counts.
@@ -77,7 +77,7 @@ def model_tasks(
         If an option names something that does not exist, no matrix becomes ternary, or the target has no kernel for
         a scheme or is of several GPU architectures.
     """
-    imported = import_onnx(Path(model), dims, constants)
+    imported = import_model(model, dims, constants)
     plan = make_plan(imported.shapes, scheme, layers)
     schemes = {row.name: row.scheme for row in plan if row.scheme is not None}
     tasks: dict[Task, None] = {}

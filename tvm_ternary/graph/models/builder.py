@@ -297,9 +297,8 @@ class GraphBuilder:
 
     def first_rows(self, name: str, rows: int, width: int, start: int = 0) -> relax.Var:
         """As many rows of a table as the sequence is long, from ``start`` on: (sequence, width)."""
-        begin, end = tirx.const(start, "int64"), self.sequence + start
-        table = self.table(name, rows, width)
-        return self.emit(R.strided_slice(table, [0], [begin], [end], [tirx.const(1, "int64")], assume_inbound=True))
+        positions = self.emit(R.arange(tirx.const(start, "int64"), self.sequence + start, 1, "int64"))
+        return self.emit(R.take(self.table(name, rows, width), positions, 0, "clip"))
 
     def layer_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
         """``name.weight`` and ``name.bias`` over the last axis."""

@@ -6,6 +6,7 @@ library together, and one checksum covers them.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from tvm import relax
 
 def lift_tables(
     module: tvm.IRModule, params: Mapping[str, npt.NDArray[Any]], tables: Mapping[str, relax.Expr]
-) -> tuple[tvm.IRModule, dict[str, npt.NDArray[Any]]]:
+) -> tuple[tvm.IRModule, Mapping[str, npt.NDArray[Any]]]:
     """Replace constants of ``main`` by parameters behind those it has.
 
     Parameters
@@ -32,8 +33,8 @@ def lift_tables(
     Returns
     -------
     module : tvm.IRModule
-    params : dict of str to array
-        With the tables behind the others.
+    params : mapping of str to array
+        With the tables behind the others, none of which is read here.
     """
     named = {f"{name}.table" if name in params else name: table for name, table in tables.items()}
     return _Lifter(module, named).run(params)
@@ -46,13 +47,15 @@ class _Lifter(relax.PyExprMutator):
         self.module, self.tables = module, tables
         self.lifted: dict[str, relax.Var] = {}
 
-    def run(self, params: Mapping[str, npt.NDArray[Any]]) -> tuple[tvm.IRModule, dict[str, npt.NDArray[Any]]]:
+    def run(self, params: Mapping[str, npt.NDArray[Any]]) -> tuple[tvm.IRModule, Mapping[str, npt.NDArray[Any]]]:
         main = self.module["main"]
         body = self.visit_expr(main.body)
         function = relax.Function([*main.params, *self.lifted.values()], body, main.ret_ty, main.is_pure, main.attrs)
         result = self.module.clone()
         result["main"] = function
-        return result, {**params, **{name: self.tables[name].value.numpy() for name in self.lifted}}
+        tables = {name: self.tables[name].value.numpy() for name in self.lifted}
+        # A chain lists its last mapping first, and reads from the first that has a name.
+        return result, ChainMap(tables, params)  # type: ignore[arg-type]
 
     def visit_generic_const_(self, op: relax.Expr) -> relax.Expr:
         name = next((name for name, table in self.tables.items() if table.same_as(op)), None)
