@@ -21,6 +21,7 @@ from tvm_ternary.cli import compile as compile_verb
 from tvm_ternary.cli import eval as eval_verb
 from tvm_ternary.cli import inspect as inspect_verb
 from tvm_ternary.cli import package as package_verb
+from tvm_ternary.cli import quantize as quantize_verb
 from tvm_ternary.cli import run as run_verb
 from tvm_ternary.cli import tune as tune_verb
 from tvm_ternary.cli.text import printable
@@ -34,6 +35,7 @@ _DESCRIPTION = """\
 Compile neural networks with ternary weights to one shared library, and run it.
 
   tvm-ternary compile model.onnx -o model.so     weights become sums of a few {-1, 0, 1} matrices with scales
+  tvm-ternary quantize MODEL -o DIR              the same step alone, fitted to data, as a checkpoint to compile
   tvm-ternary run model.so --repeat 20           random inputs; what comes out, and how long it takes
   tvm-ternary eval model.onnx --scheme t2a8g64   what is lost: float against ternary, by matrix, output and measure
   tvm-ternary inspect model.so                   what is in it: every matrix, and what the host needs
@@ -92,7 +94,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (compile_verb, run_verb, eval_verb, inspect_verb, package_verb, tune_verb, bench_verb):
+    for verb in (compile_verb, quantize_verb, run_verb, eval_verb, inspect_verb, package_verb, tune_verb, bench_verb):
         verb.add_parser(verbs)
     return parser
 

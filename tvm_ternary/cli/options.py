@@ -69,6 +69,14 @@ def size_or_name(option: str, name: str, text: str) -> int | str:
     return whole_number(option, name, text) if re.fullmatch(r"[+-]?[0-9.]+", text) else text
 
 
+def parse_value(text: str) -> Any:
+    """Read a number, true or false; anything else is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def constant(name: str, text: str) -> Any:
     """Read the value of ``--constant``: a number, a bool or a list of them, as an array.
 

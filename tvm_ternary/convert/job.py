@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.parts import Parts, open_parts
-from tvm_ternary.errors import OutputError
+from tvm_ternary.errors import OptionError, OutputError
 from tvm_ternary.formats import Scheme, TernaryTensor
 from tvm_ternary.formats.checkpoint import CheckpointFile
 from tvm_ternary.formats.quantization import QuantizationConfig
@@ -93,7 +93,7 @@ class QuantizedModel:
 
 def quantize_model(
     model: str | Path,
-    output: str | Path,
+    output: str | Path | None,
     *,
     scheme: str | None = None,
     layers: str | Sequence[str] | Mapping[str, str] | None = None,
@@ -126,7 +126,8 @@ def quantize_model(
         An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), or a quantized one, whose ternary
         matrices stay as they are.
     output : path
-        The folder to write; it appears whole or not at all. Work in progress lies in ``OUTPUT.partial``.
+        The folder to write; it appears whole or not at all. Work in progress lies in ``OUTPUT.partial``. None is
+        enough for a plan.
     scheme, layers, edges, output_layer, embeddings, recipe
         As `LayerQuantizationConfig`; None leaves it to ``config``, or to its default.
     config : path, optional
@@ -162,7 +163,7 @@ def quantize_model(
         If the folder exists or cannot be written, or holds an unfinished job with other options.
     """
     started = time.perf_counter()
-    source, destination = Path(model), Path(output)
+    source = Path(model)
     chosen = LayerQuantizationConfig.of(
         config,
         scheme=scheme,
@@ -172,14 +173,13 @@ def quantize_model(
         embeddings=embeddings,
         recipe=recipe,
     )
-    if not dry_run:
-        _require_free(destination, source, overwrite)
+    destination = None if dry_run else _free(output, source, overwrite)
     report = progress or (lambda stage, done, total: None)
     report("import", 0, 1)
     imported = import_model(source, dims, constants)
     rows = {row.name: row for row in _with_ternary(chosen.plan(imported.shapes), imported, source)}
     report("import", 1, 1)
-    if dry_run:
+    if destination is None:
         planned = tuple(_described(row, None) for row in rows.values())
         return QuantizedModel(None, planned, time.perf_counter() - started)
     inputs: list[dict[str, npt.NDArray[Any]]] | None = None
@@ -384,17 +384,22 @@ def _finish(
     shutil.rmtree(parts.folder, ignore_errors=True)
 
 
-def _require_free(destination: Path, source: Path, overwrite: bool) -> None:
+def _free(output: str | Path | None, source: Path, overwrite: bool) -> Path:
+    """The folder to write, which must not hold anything else."""
+    if output is None:
+        raise OptionError("output", "is missing; expected a folder to write", "for example -o OUT")
+    destination = Path(output)
     inside = (source.resolve(), *source.resolve().parents)
     if source.exists() and destination.exists() and destination.resolve() in inside:
         raise OutputError(str(destination), "is the model itself, or holds it", "choose another name")
+    if destination.exists() and not destination.is_dir():
+        raise OutputError(str(destination), "is a file, expected a folder to write", "choose another name")
     if destination.is_dir() and any(destination.iterdir()):
         if not is_quantized(destination):
             raise OutputError(str(destination), "exists and is no quantized checkpoint", "choose another name")
         if not overwrite:
             raise OutputError(str(destination), "exists", "choose another name, or replace it with --overwrite")
-    elif destination.exists() and not destination.is_dir():
-        raise OutputError(str(destination), "is a file, expected a folder to write", "choose another name")
+    return destination
 
 
 def _stamp(source: Path, model: ImportedModel) -> list[list[Any]]:
