@@ -16,8 +16,8 @@ POINTS = _RANDOM.standard_normal((2, 50)).astype(np.float32)
 def layer(name: str, error: float, scheme: str | None = "t2a8g64") -> LayerQuality:
     """A matrix; None for the scheme is one that stayed float."""
     if scheme is None:
-        return LayerQuality(name, (9, 4), None, 32.0, "read by rows", None)
-    return LayerQuality(name, (8, 4), scheme, 4.5, None, error, 1 - error, error / 10, 0.999)
+        return LayerQuality(name, (9, 4), "float32", None, 32.0, "read by rows", None)
+    return LayerQuality(name, (8, 4), "ternary", scheme, 4.5, None, error, 1 - error, error / 10, 0.999)
 
 
 def candidate(name: str, bits: float, accuracy: float) -> Candidate:

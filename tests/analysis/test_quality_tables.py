@@ -41,7 +41,7 @@ def test_every_number_is_shown() -> None:
 
 
 def test_what_was_not_measured_has_no_column() -> None:
-    layer = LayerQuality("a.weight", (8, 4), "t1a8", 2.5, None, 0.5)
+    layer = LayerQuality("a.weight", (8, 4), "ternary", "t1a8", 2.5, None, 0.5)
     _, _, outputs, layers = evaluation_tables(
         replace(EVALUATION, candidates=(Candidate("q", 2.5, 1024, (layer,), ONE.outputs[1:], ()),))
     )

@@ -22,14 +22,16 @@ class LayerQuality:
     name : str
     shape : (N, K)
         out_features, in_features.
+    became : str
+        ``ternary``, ``int8`` (a table) or ``float32``.
     scheme : str or None
-        None where it stayed float.
+        None where it is not ternary.
     bits_per_weight : float
         As stored, scales and padding counted.
     reason : str or None
         Why it stayed float.
     weight_error : float or None
-        ||ternary - float|| / ||float||, Frobenius. None where it stayed float.
+        ||new - float|| / ||float||, Frobenius. None where it stayed float.
     weight_cosine : float or None
         Of the two matrices as vectors. None where the ternary matrix is not at hand, only the compiled library.
     output_error, output_cosine : float or None
@@ -39,6 +41,7 @@ class LayerQuality:
 
     name: str
     shape: tuple[int, ...]
+    became: str
     scheme: str | None
     bits_per_weight: float
     reason: str | None

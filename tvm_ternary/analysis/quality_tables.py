@@ -128,7 +128,7 @@ def _layer_row(layer: LayerQuality) -> tuple[str, ...]:
     return (
         layer.name,
         " x ".join(map(str, layer.shape)),
-        layer.scheme or "float",
+        layer.scheme or layer.became,
         f"{layer.bits_per_weight:.2f}",
         *(_number(value, ".4f") for value in errors),
         _number(layer.sqnr_db, ".1f"),

@@ -100,7 +100,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="tvm-ternary-eval-") as folder:
         workshop = Workshop(Path(folder), target, device, threads, shared)
         with stages.stage("compile the float model"):
-            reference = workshop.open("float", model, layers=())
+            reference = workshop.open("float", model, layers=(), embeddings="float")
         found = find_samples(reference, model, data, samples, length, seed, tokenizer)
         rivals = []
         for name, source, extra in wanted:
@@ -205,7 +205,7 @@ def _measure(
 
 def _candidate(runner: Runner, outputs: tuple[OutputQuality, ...], metrics: tuple[MetricValue, ...]) -> Candidate:
     layers = tuple(
-        LayerQuality(one.name, one.shape, one.scheme, one.bits_per_weight, one.reason, one.error)
+        LayerQuality(one.name, one.shape, one.became, one.scheme, one.bits_per_weight, one.reason, one.error)
         for one in runner.manifest.layers
     )
     sizes = [(math.prod(layer.shape), layer.bits_per_weight) for layer in layers if layer.scheme is not None]
