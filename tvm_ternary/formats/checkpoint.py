@@ -138,6 +138,9 @@ class CheckpointFile(Mapping[str, TernaryTensor | npt.NDArray[Any]]):
         planes, scale = self._array(f"{name}.planes"), self._array(f"{name}.scale")
         return _ternary(self.path, name, self._ternary[name], planes, scale)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -15,6 +15,7 @@ from tvm import relax
 from tvm_ternary.errors import ModelError
 from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.graph.onnx.bind import bind_constants
+from tvm_ternary.graph.onnx.data import is_mapped, release
 from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension
 from tvm_ternary.graph.onnx.dimensions import fix_dimensions, name_dimensions, real_inputs, symbolic_dimensions
 from tvm_ternary.graph.onnx.emitter import Emitter, MatrixUse
@@ -142,25 +143,33 @@ def import_onnx(
         model = step(model)
     name = (model.graph.name or "model") if isinstance(source, onnx.ModelProto) else Path(source).stem
     imported = _translate(model, name, uses, ternary or {})
-    if not ternary:
-        return imported
-    return replace(imported, params=_Dequantized(imported.params, ternary), ternary=ternary)
+    return replace(imported, params=_Matrices(imported.params, ternary or {}), ternary=ternary or {})
 
 
-class _Dequantized(Mapping[str, np.ndarray]):
-    """Matrices some of which are ternary; those are dequantized when they are asked for, and not kept."""
+class _Matrices(Mapping[str, np.ndarray]):
+    """Matrices; those that are ternary or mapped from a file are read when they are asked for, and not kept."""
 
-    def __init__(self, params: Mapping[str, np.ndarray], ternary: Mapping[str, TernaryTensor]) -> None:
-        self._params, self._ternary = params, ternary
+    def __init__(self, arrays: Mapping[str, np.ndarray], ternary: Mapping[str, TernaryTensor]) -> None:
+        self._arrays, self._ternary = arrays, ternary
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._ternary[name].dequantize().T if name in self._ternary else self._params[name]
+        if name in self._ternary:
+            return self._ternary[name].dequantize().T
+        array = self._arrays[name]
+        if not is_mapped(array):
+            return array
+        copy = array.copy()
+        release(array)
+        return copy
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._params)
+        return len(self._arrays)
 
 
 def _translate(

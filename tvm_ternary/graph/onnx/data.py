@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,25 @@ def weight_array(tensor: onnx.TensorProto) -> np.ndarray:
         stream.seek(offset)
         loaded.raw_data = stream.read(info.length if info.length is not None else -1)
     return onnx.numpy_helper.to_array(loaded)
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether the elements lie in a file that is mapped."""
+    return _mapping(array) is not None
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the memory that reading a mapped array took."""
+    mapping = _mapping(array)
+    if mapping is not None:
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping(array: np.ndarray) -> mmap.mmap | None:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def is_left_out(tensor: onnx.TensorProto) -> bool:

@@ -12,6 +12,7 @@ from tvm import relax, tirx
 from tvm.relax import op as R
 
 from tvm_ternary.formats import row_blocks
+from tvm_ternary.graph.onnx.data import release
 from tvm_ternary.graph.onnx.names import dotted, is_made_up, matrix_name, unique
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.values import Algebra, Constant, Dim, Symbols, Value, as_expr, plain
@@ -239,4 +240,5 @@ def _digest(array: np.ndarray) -> bytes:
     digest = hashlib.blake2b()
     for rows in row_blocks(*array.shape):
         digest.update(np.ascontiguousarray(array[rows]).data)
+    release(array)
     return digest.digest()
