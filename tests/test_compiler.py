@@ -17,12 +17,13 @@ import pytest
 from onnx import numpy_helper
 
 import tvm_ternary
-from tests.models import FLOAT, GraphBuilder, gpt2, mlp
+from tests.models import FLOAT, GraphBuilder, gpt2, llama, mlp
 from tests.reference import relative_error, run_onnxruntime
 from tests.ternary_matmul import NATIVE, TARGETS, unrunnable
 from tvm_ternary.build import weights as places
 from tvm_ternary.compiler import DEFAULT_SCHEME, Artifact, compile
 from tvm_ternary.errors import ModelError, OptionError, OutputError, TernaryError
+from tvm_ternary.quantize.tables import quantize_rows
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.module import load
 from tvm_ternary.target import resolve
@@ -110,13 +111,25 @@ class TestManifest:
         assert artifact.manifest.weights.bytes == after
         assert artifact.manifest.weights.file is None
 
-    def test_tables_that_are_read_by_rows_are_listed_and_bounds_too(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("embeddings", "became", "bits", "reason"),
+        [("int8", "int8", 8 + 32 / 32, None), ("float", "float32", 32, "a float table, read by rows")],
+    )
+    def test_tables_that_are_read_by_rows_are_listed_and_bounds_too(
+        self, tmp_path: Path, embeddings: str, became: str, bits: float, reason: str | None
+    ) -> None:
         path = tmp_path / "gpt2.onnx"
         onnx.save(gpt2(layers=1), path)
-        manifest = compile(path, tmp_path / "gpt2.so", scheme="t1a32").manifest
+        manifest = compile(path, tmp_path / "gpt2.so", scheme="t1a32", embeddings=embeddings).manifest
         layers = {layer.name: layer for layer in manifest.layers}
-        assert layers["transformer.wpe.weight"].reason == "a float table, read by rows"
-        assert layers["transformer.wpe.weight"].became == "float32"
+        table = layers["transformer.wpe.weight"]
+        assert (table.shape, table.became, table.bits_per_weight, table.reason) == ((24, 32), became, bits, reason)
+        assert table.error is None if reason else 0 < (table.error or 0) < 0.01
+        # The output layer is tied to the other table, and is a matrix of its own.
+        assert [layer.became for layer in manifest.layers if layer.name == "transformer.wte.weight"] == [
+            "ternary",
+            became,
+        ]
         assert manifest.bounds == {"length": 24}
 
     def test_progress_counts_every_stage_and_every_matrix(self, model: Path, tmp_path: Path) -> None:
@@ -203,6 +216,26 @@ class TestOptions:
             (results[target],) = load(artifact.path).run(None, rows(6))
         for target, got in results.items():
             assert relative_error(got, results[NATIVE.name]) <= 1e-6, target
+
+    @pytest.mark.parametrize("weights", ["inside", "beside"])
+    def test_int8_embeddings_are_those_of_a_model_with_rounded_tables(self, tmp_path: Path, weights: str) -> None:
+        proto = llama(layers=1)
+        onnx.save(proto, tmp_path / "model.onnx")
+        (table,) = (t for t in proto.graph.initializer if "embed_tokens" in t.name)
+        codes, scale = quantize_rows(numpy_helper.to_array(table))
+        table.CopyFrom(numpy_helper.from_array(codes * scale, table.name))
+        onnx.save(proto, tmp_path / "rounded.onnx")
+        ids = np.array([[0, 49, 7], [-1, 50, 3]])
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        got, want = (
+            load(compile(tmp_path / f"{name}.onnx", tmp_path / f"{name}.so", scheme="t2a32", **options).path).run(
+                None, feeds
+            )
+            for name, options in (("model", {"weights": weights}), ("rounded", {"embeddings": "float"}))
+        )
+        # A word that does not exist is no number, with either table.
+        assert np.isnan(want[0][1, 1:]).all()
+        np.testing.assert_array_equal(got, want)
 
     def test_fixed_dimensions_are_numbers(self, model: Path, tmp_path: Path) -> None:
         artifact = compile(model, tmp_path / "out.so", dims={"batch": 3}, scheme="t1a8")

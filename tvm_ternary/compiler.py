@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,18 @@ from tvm_ternary.build.nvcc import CudaCode, Nvcc, compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
-from tvm_ternary.graph.importer import ImportedModel, import_onnx
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.quantize_tables import QuantizedTables, quantize_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
+from tvm_ternary.graph.source import import_model, model_digest
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize import quantization_error, quantize
+from tvm_ternary.quantize.config import require_embeddings
 from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
+from tvm_ternary.quantize.tables import row_bits
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import (
     FunctionInfo,
@@ -82,17 +85,18 @@ def compile(
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     packing: str = "fast",
+    embeddings: str = "int8",
     weights: str = "auto",
     tuning_log: str | Path | None = None,
     dump_ir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Compile an ONNX model with ternary weights to one shared library.
+    """Compile a model with ternary weights to one shared library.
 
     Parameters
     ----------
     model : path
-        The ``.onnx`` file.
+        An ``.onnx`` file, or a checkpoint folder: ``config.json`` and safetensors.
     output : path
         The ``.so`` to write; it appears whole or not at all.
     target : str or mapping
@@ -113,6 +117,9 @@ def compile(
     packing : str
         ``fast`` keeps trits in 2 bits. ``dense`` keeps five in a byte, 1.6 bits each, where all schemes are ``a8``; it
         suits one scale a row or groups of 128 and more, since a group is padded to a multiple of 20 weights.
+    embeddings : str
+        What tables that are read by rows become: ``int8`` with a scale a row, or ``float``, which leaves them as they
+        are.
     weights : str
         ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
     tuning_log : path, optional
@@ -146,23 +153,26 @@ def compile(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise OutputError(str(output), "is the model itself", "choose another name")
     find_method(method)
+    require_embeddings(embeddings)
     # Code for several GPUs is written, and was tuned, for the oldest.
     logs = open_logs(resolved.tier if resolved.kind == "cuda" else resolved.name, tuning_log)
     dump = dump_to(dump_ir)
     with stages.stage("import"):
-        imported = import_onnx(source, dims, constants)
+        imported = import_model(source, dims, constants)
         dump("import", imported.module)
         plan = make_plan(imported.shapes, scheme, layers, packing)
         for chosen in (row.scheme for row in plan if row.scheme is not None):
             require_device(chosen.activation_bits, resolved.kind, packing)
     with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
         quantized, errors = _quantize(imported.params, plan, method, packing, step)
+        tables = quantize_tables(imported.module, imported.tables, imported.embeddings if embeddings == "int8" else ())
     with stages.stage("lower"):
         size = sum(layer.packed_bytes for layer in quantized.values())
         size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
-        size += sum(_bytes(table) for table in imported.tables.values())
+        size += sum(_bytes(table) for table in tables.tables.values())
         beside = weights_lie_beside(size, weights)
-        lowered = lower(imported, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
+        changed = replace(imported, module=tables.module, tables=tables.tables)
+        lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
     graph = resolved.kind == "cuda" and is_static(lowered.module)
     with stages.stage("build"):
         executable = build_executable(lowered.module, resolved.tvm, cuda_graph=graph)
@@ -173,7 +183,7 @@ def compile(
             cuda = compile_fatbin(code, resolved.archs, nvcc)
     with stages.stage("link"):
         params = lowered.ternary.params
-        manifest = _manifest(imported, source, plan, quantized, errors, lowered, resolved, scheme)
+        manifest = _manifest(imported, source, plan, quantized, errors, tables, lowered, resolved, scheme)
         if nvcc is not None:
             manifest = replace(
                 manifest, target=_cuda_info(resolved, nvcc, cuda), kernels=_kernel_info(cuda), graph=graph
@@ -211,6 +221,7 @@ def _manifest(
     plan: Sequence[LayerPlan],
     layers: Mapping[str, TernaryLayer],
     errors: Mapping[str, float],
+    tables: QuantizedTables,
     lowered: LoweredModel,
     target: Target,
     scheme: str,
@@ -218,19 +229,19 @@ def _manifest(
     params, kernels = lowered.ternary.params, lowered.ternary.kernels
     before = sum(4 * n * k for n, k in imported.shapes.values()) + _constant_bytes(imported.module)
     after = sum(array.nbytes for array in params.values()) + _constant_bytes(lowered.ternary.module)
-    rest = "a float table, read by rows"
-    tables = {name: (shape, rest) for name, shape in imported.embeddings.items()} | imported.others
     return Manifest(
-        model=ModelInfo(imported.name, source.name, sha256(source.read_bytes()).hexdigest()),
+        model=ModelInfo(imported.name, source.resolve().name, model_digest(source)),
         inputs=imported.inputs,
         outputs=imported.outputs,
         bounds=imported.bounds,
         scheme=scheme,
         layers=(
             *(_layer(row, layers.get(row.name), errors.get(row.name), params, lowered) for row in plan),
+            *(_table(name, imported, tables) for name in imported.embeddings),
             *(
                 LayerInfo(name, shape, "float32", None, 32.0, None, None, "rule", None, reason)
-                for name, (shape, reason) in tables.items()
+                for name, (shape, reason) in imported.others.items()
+                if name not in imported.embeddings
             ),
         ),
         functions=tuple(FunctionInfo(name, kernels.get(name), who) for name, who in lowered.schedules.items()),
@@ -284,6 +295,15 @@ def _layer(
         reason=None,
         epilogue="; ".join(sorted({str(e) for e in lowered.ternary.epilogues[row.name] if str(e)})) or None,
     )
+
+
+def _table(name: str, imported: ImportedModel, tables: QuantizedTables) -> LayerInfo:
+    shape = imported.embeddings[name]
+    if name in tables.errors:
+        bits, error = row_bits(shape[1]), tables.errors[name]
+        return LayerInfo(name, shape, "int8", None, bits, None, None, "rule", error, None)
+    _, used = imported.others.get(name, (shape, "a float table, read by rows"))
+    return LayerInfo(name, shape, "float32", None, 32.0, None, None, "rule", None, tables.kept.get(name, used))
 
 
 def _constant_bytes(module: tvm.IRModule) -> int:

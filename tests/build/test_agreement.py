@@ -125,6 +125,7 @@ class Compared:
         self.proto = onnx.load(path)
         self.params, ternary, self.schemes = ternary_weights(path, scheme, **options)
         self.dense = {name: weight.dequantize().T for name, weight in ternary.items()}
+        options = {"embeddings": "float", **options}
         self.module = load(compile(path, folder / "model.so", scheme=scheme, **options).path, threads=1)
         self.matrices = sum(layer.became == "ternary" for layer in self.module.manifest.layers)
         self.weights_only = Reference(with_weights(self.proto, self.params, self.dense))

@@ -52,8 +52,8 @@ class Table:
 def layers_table(layers: Sequence[LayerInfo]) -> Table:
     """A row for every matrix: what it became, and by which kernel, layout and schedule; or why it stayed float.
 
-    The error is relative: the Frobenius norm of (ternary - float) over that of float. A column in which every cell
-    would be empty is left out.
+    The error is relative: the Frobenius norm of (what it became - float) over that of float. A column in which every
+    cell would be empty is left out.
     """
     rows = [_layer_row(layer) for layer in layers]
     used = [i for i in range(len(_LAYER_COLUMNS)) if any(row[i] for row in rows) or not rows]
@@ -217,8 +217,9 @@ def _facts(*rows: tuple[str, str]) -> Table:
 
 
 def _counts(layers: Sequence[LayerInfo]) -> str:
-    ternary = sum(layer.became == "ternary" for layer in layers)
-    return f"{ternary} ternary, {len(layers) - ternary} left in float"
+    ternary, int8 = (sum(layer.became == kind for layer in layers) for kind in ("ternary", "int8"))
+    tables = f"{int8} int8, " if int8 else ""
+    return f"{ternary} ternary, {tables}{len(layers) - ternary - int8} left in float"
 
 
 def _sizes(manifest: Manifest) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""``tvm-ternary compile``: an ONNX file in, a shared library with ternary weights out."""
+"""``tvm-ternary compile``: a model in, a shared library with ternary weights out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvm_ternary.target.cpu import cpu_names
 from tvm_ternary.target.cuda import cuda_names
 
 _DESCRIPTION = f"""\
-Compile an ONNX model to one shared library whose matrices are ternary: each is a sum of one to four matrices of
+Compile a model to one shared library whose matrices are ternary: each is a sum of one to four matrices of
 {{-1, 0, 1}}, with a scale for every group of weights. The table at the end says what became of every matrix, or why it
 stayed float.
 
@@ -22,7 +22,7 @@ schemes   t3a8g64: 3 trit planes (t1 to t4: more are nearer to the float weights
 targets   native (this CPU), {", ".join(cpu_names())};
           GPUs: {", ".join(cuda_names())}, several as
           cuda-sm_80+sm_90 (nvcc is needed, a GPU is not); or a TVM target as JSON
-methods   absmax, absmean, meanstd, percentile, twn: how one plane is fitted
+methods   absmax, absmean, meanstd, optimal, percentile, twn: how one plane is fitted
 """
 _PACKING = (
     "how trits lie in memory: fast (default), 2 bits each, or dense, 1.6 bits each, for a8 schemes; groups of 64 and "
@@ -43,8 +43,10 @@ _EXAMPLES = """\
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb and its options."""
-    parser = add_verb(verbs, "compile", "compile an ONNX model to a .so with ternary weights", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="the .onnx file")
+    parser = add_verb(verbs, "compile", "compile a model to a .so with ternary weights", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="an .onnx file, or a checkpoint folder (config.json, *.safetensors)"
+    )
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the .so to write; whole or not at all")
     parser.add_argument("--target", default="native", help="where it shall run (default: %(default)s)")
     parser.add_argument("--scheme", help="what matrices become (default: t3a8g64)")
@@ -71,6 +73,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="make an input a constant, a number or a list such as [[1,2]]; may be repeated",
     )
     parser.add_argument("--packing", default="fast", help=_PACKING)
+    parser.add_argument(
+        "--embeddings",
+        choices=("int8", "float"),
+        default="int8",
+        help="what tables that are read by rows become (default: %(default)s, with a scale a row)",
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "inside", "beside"),
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: constant(name, text) for name, text in constants.items()},
         "packing": args.packing,
+        "embeddings": args.embeddings,
         "weights": args.weights,
         "tuning_log": args.tuning_log,
         "dump_ir": args.dump_ir,

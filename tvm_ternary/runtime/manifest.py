@@ -81,24 +81,24 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What became of one matrix.
+    """What became of one matrix or table.
 
     Parameters
     ----------
     name : str
-        The matrix.
+        As in the model.
     shape : (out_features, in_features)
-        N and K.
+        N and K; of a table, its own.
     became : str
-        ``ternary`` or ``float32``.
+        ``ternary``; ``int8``, a table of rows with a scale each; or ``float32``.
     scheme, kernel, layout : str or None
-        None where it stayed float.
+        None where it did not become ternary.
     bits_per_weight : float
         Scales and padding counted.
     schedule : str
         ``rule``, ``shipped``, ``tuned`` or ``dlight``.
     error : float or None
-        Frobenius norm of (ternary - float) over that of float.
+        Frobenius norm of (what it became - float) over that of float.
     reason : str or None
         Why it stayed float.
     epilogue : str or None

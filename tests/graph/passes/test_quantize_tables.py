@@ -20,8 +20,8 @@ from tvm_ternary.schedule.cpu import schedule_module
 
 from .small_graphs import operators, random
 
-TABLE = random(9, 12)
-IDS = np.array([[3, 0, 8], [5, 5, 1]])
+TABLE = random(19, 12)
+IDS = np.array([[3, 0, 18], [5, 5, 1]])
 
 
 def looked_up(build: Callable[..., relax.Expr], *arrays: np.ndarray) -> tuple[tvm.IRModule, dict[str, relax.Expr]]:
@@ -72,22 +72,22 @@ def test_rows_are_the_rounded_ones(mode: str) -> None:
 
 
 def test_outside_is_what_it_was() -> None:
-    ids = np.array([[-1, 9, 2]])
+    ids = np.array([[-1, 19, 2]])
     nan = run(passed(lambda emit, ids, table: op.take(table, ids, 0, "nan"), TABLE).module, ids)
     assert np.isnan(nan[0, :2]).all()
     np.testing.assert_array_equal(nan[0, 2], rounded(TABLE)[2])
     clip = run(passed(lambda emit, ids, table: op.take(table, ids, 0, "clip"), TABLE).module, ids)
-    np.testing.assert_array_equal(clip, rounded(TABLE)[[[0, 8, 2]]])
+    np.testing.assert_array_equal(clip, rounded(TABLE)[[[0, 18, 2]]])
 
 
 def test_two_uses_are_one_table() -> None:
     def build(emit: Any, ids: Any, table: Any) -> Any:
-        other = emit(op.take(table, emit(op.subtract(relax.const(8, "int64"), ids)), 0, "nan"))
+        other = emit(op.take(table, emit(op.subtract(relax.const(18, "int64"), ids)), 0, "nan"))
         return op.add(emit(op.take(table, ids, 0, "nan")), other)
 
     result = passed(build, TABLE)
     assert len(result.tables) == 2
-    np.testing.assert_allclose(run(result.module, IDS), rounded(TABLE)[IDS] + rounded(TABLE)[8 - IDS], rtol=1e-6)
+    np.testing.assert_allclose(run(result.module, IDS), rounded(TABLE)[IDS] + rounded(TABLE)[18 - IDS], rtol=1e-6)
 
 
 def with_matmul(emit: Any, ids: Any, table: Any) -> Any:
@@ -101,6 +101,7 @@ def with_matmul(emit: Any, ids: Any, table: Any) -> Any:
         (lambda emit, ids, table: op.take(table, ids, 1, "nan"), TABLE, "a float table that is not read by rows alone"),
         (lambda emit, ids, table: op.take(table, ids, 0), TABLE.astype(np.float16), "a table of float16"),
         (lambda emit, ids, table: op.take(table, ids, 0), TABLE[:, 0].copy(), "a table of float32"),
+        (lambda emit, ids, table: op.take(table, ids, 0), TABLE[:15].copy(), "a float table of few rows"),
         (
             lambda emit, ids, table: op.take(table, ids, 0),
             TABLE[:, :1].copy(),

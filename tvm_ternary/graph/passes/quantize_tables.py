@@ -18,6 +18,10 @@ from tvm_ternary.quantize.tables import quantize_rows, row_bits, rows_error
 
 TAKE = Op.get("relax.take")
 
+FEWEST_ROWS = 16
+"""Of a table with fewer, of token types for one, the error of a row is in every token and does not average out: two
+rows of 8 bits take 0.003 off the cosine of MiniLM's embeddings, where 30,522 words take 0.00002."""
+
 
 @dataclass(frozen=True)
 class QuantizedTables:
@@ -79,6 +83,8 @@ def _reason(table: relax.Expr, otherwise: list[relax.Expr]) -> str | None:
     dtype, shape = str(table.value.dtype), tuple(map(int, table.value.shape))
     if dtype != "float32" or len(shape) != 2:
         return f"a table of {dtype}"
+    if shape[0] < FEWEST_ROWS:
+        return "a float table of few rows"
     if row_bits(max(shape[1], 1)) >= 32:
         return "a float table whose rows are too short to gain from a scale"
     if any(table.same_as(other) for other in otherwise):
