@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tvm_ternary.convert.job import QuantizedModel as QuantizedModel
     from tvm_ternary.convert.job import quantize_model as quantize_model
     from tvm_ternary.errors import TernaryError as TernaryError
+    from tvm_ternary.evaluation.evaluate import evaluate as evaluate
     from tvm_ternary.formats.scheme import Scheme as Scheme
     from tvm_ternary.formats.ternary import TernaryTensor as TernaryTensor
     from tvm_ternary.quantize.quantizer import quantize as quantize
@@ -33,6 +34,7 @@ _HOMES = {
     "TernaryError": "tvm_ternary.errors",
     "TernaryTensor": "tvm_ternary.formats.ternary",
     "compile": "tvm_ternary.compiler",
+    "evaluate": "tvm_ternary.evaluation.evaluate",
     "load": "tvm_ternary.runtime.module",
     "quantize": "tvm_ternary.quantize.quantizer",
     "quantize_model": "tvm_ternary.convert.job",
@@ -46,6 +48,7 @@ __all__ = [
     "TernaryError",
     "TernaryTensor",
     "compile",
+    "evaluate",
     "load",
     "ops",
     "quantize",
