@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_ternary.formats.tensor_files import checkpoint_files
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.models.checkpoint import import_checkpoint
+from tvm_ternary.graph.models.gguf import import_gguf
 from tvm_ternary.graph.models.settings import FILE
 from tvm_ternary.graph.passes.fix_inputs import fix_inputs
 from tvm_ternary.graph.quantized import GRAPH, import_quantized, is_quantized
@@ -26,8 +27,8 @@ def import_model(
     Parameters
     ----------
     source : path
-        An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), or a folder that
-        ``tvm-ternary quantize`` has written.
+        An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), a folder that ``tvm-ternary quantize``
+        has written, or a ``.gguf`` file.
     dims : mapping, optional
         Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
     constants : mapping, optional
@@ -51,6 +52,8 @@ def import_model(
         if is_quantized(path):
             return import_quantized(path, dims, constants)
         return fix_inputs(import_checkpoint(path), dims, constants)
+    if path.suffix == ".gguf":
+        return fix_inputs(import_gguf(path), dims, constants)
     return import_onnx(path, dims, constants)
 
 
@@ -60,7 +63,7 @@ def model_digest(source: str | Path) -> str:
     Returns
     -------
     str
-        Of an ``.onnx`` file its own; of a folder one over the names and contents of its configuration, graph and
+        Of a file its own; of a folder one over the names and contents of its configuration, graph and
         tensor files.
     """
     path = Path(source)

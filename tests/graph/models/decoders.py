@@ -120,6 +120,8 @@ def frequencies(config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     kind = scaling.get("rope_type", "default")
     if kind in ("default", "linear"):
         return np.array(plain) / factor, 1.0
+    if kind == "longrope":
+        return np.array(plain) / scaling["short_factor"], scaling["attention_factor"]
     original = scaling["original_max_position_embeddings"]
     if kind == "llama3":
         out, low, high = [], scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -55,6 +55,18 @@ def test_frequencies_and_gain(kind: str, size: int) -> None:
     assert rope.gain == pytest.approx(gain)
 
 
+def test_factors_for_each_frequency() -> None:
+    factors = {
+        "rope_type": "longrope",
+        "short_factor": [1, 2.0, 8],
+        "long_factor": [1, 2.0, 8],
+        "attention_factor": 1.5,
+    }
+    rope = read_rope(Settings({**LLAMA, "rope_scaling": factors}), 6)
+    np.testing.assert_allclose(rope.frequencies, 10000.0 ** (-np.arange(3) / 3) / [1, 2, 8])
+    assert rope.gain == 1.5
+
+
 def test_longest_sequence() -> None:
     assert read_rope(Settings(LLAMA), 6).positions == 64
     assert read_rope(Settings(scaled("yarn")), 16).positions == 2048
@@ -76,7 +88,8 @@ def test_old_and_new_spelling(spelling: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope"}}, 6, "type 'longrope', expected one of default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, 6, "type 'dynamic', expected one of default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, 6, "short_factor and long_factor of rope_scaling have to be one"),
         ({"rope_scaling": {"rope_type": "linear"}}, 6, "lacks factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, 6, "mscale is 1.0"),
         ({"rope_scaling": 3}, 6, "rope_scaling is 3, expected an object or null"),

@@ -120,10 +120,24 @@ def _yarn(frequencies: Frequencies, scaling: Settings, positions: int, base: flo
     return Rope(frequencies * (1 - divided + divided / factor), gain, max(positions, int(factor * original)))
 
 
+def _longrope(frequencies: Frequencies, scaling: Settings, positions: int, base: float) -> Rope:
+    """Ding et al., "LongRoPE", arXiv:2402.13753: a factor for each frequency, the same for short and long sequences.
+
+    Two sets of factors would make what a token is depend on the length of what follows it.
+    """
+    short, long = scaling.values.get("short_factor"), scaling.values.get("long_factor")
+    if short != long or not isinstance(short, list) or len(short) != len(frequencies):
+        problem = "short_factor and long_factor of rope_scaling have to be one list of a number for each two features"
+        raise ModelError(FILE, problem, "export the model to ONNX")
+    factors = np.array([Settings({"short_factor": value}).number("short_factor") for value in short])
+    return Rope(frequencies / factors, scaling.number("attention_factor"), positions)
+
+
 _KINDS: dict[str, Callable[[Frequencies, Settings, int, float], Rope]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
+    "longrope": _longrope,
     "yarn": _yarn,
 }
 """How each ``rope_type`` changes the frequencies."""
