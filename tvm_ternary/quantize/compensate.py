@@ -80,10 +80,22 @@ def _inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:
     """U, upper triangular, with H^-1 = U^T U: the inverse of the factor of H taken from its last row upwards."""
     flipped = np.linalg.cholesky(hessian[::-1, ::-1].astype(np.float64))
     # H = B B^T with B = the flipped factor, upper triangular; then H^-1 = B^-T B^-1 and U = B^-1.
-    inverse = np.linalg.solve(flipped, np.eye(len(hessian)))[::-1, ::-1]
+    inverse = _inverse_of_lower(flipped)[::-1, ::-1]
     if not np.isfinite(inverse).all():
         raise np.linalg.LinAlgError
     return np.ascontiguousarray(inverse, dtype=np.float32)
+
+
+def _inverse_of_lower(factor: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The inverse of a lower triangular matrix by halves: a sixth of the operations of a general solution."""
+    if len(factor) <= 64:
+        return np.tril(np.linalg.solve(factor, np.eye(len(factor))))
+    half = len(factor) // 2
+    top, bottom = _inverse_of_lower(factor[:half, :half]), _inverse_of_lower(factor[half:, half:])
+    inverse = np.zeros_like(factor)
+    inverse[:half, :half], inverse[half:, half:] = top, bottom
+    inverse[half:, :half] = -bottom @ (factor[half:, :half] @ top)
+    return inverse
 
 
 def round_to(levels: Levels, w: Floats) -> npt.NDArray[np.uint8]:
