@@ -19,7 +19,7 @@ from tvm_ternary.formats.scheme import SHARED_SCALES, Scheme
 from tvm_ternary.formats.ternary import TernaryTensor
 from tvm_ternary.quantize.exact import recognise
 from tvm_ternary.quantize.methods import Floats, Result, find_method
-from tvm_ternary.quantize.refit import refit_scales
+from tvm_ternary.quantize.stack import stack_planes
 
 
 def quantize(
@@ -154,7 +154,7 @@ def _quantize_blocks(array: npt.NDArray[Any], scheme: Scheme, ternarize: Callabl
         block = _float32(array[rows])
         trits = np.empty((scheme.planes, *block.shape), dtype=np.int8)
         for columns, units, groups in _groups(block, granularity):
-            part, part_scale = _stack_planes(groups, scheme.planes, ternarize)
+            part, part_scale = stack_planes(groups, scheme.planes, ternarize)
             trits[:, :, columns] = part.reshape(scheme.planes, len(block), columns.stop - columns.start)
             count = units.stop - units.start
             scale[:, rows, units] = part_scale.reshape(scheme.planes, -1, count)
@@ -182,17 +182,3 @@ def _groups(block: Floats, granularity: Granularity) -> Iterator[tuple[slice, sl
         yield slice(0, whole * size), slice(0, whole), block[:, : whole * size].reshape(rows * whole, size)
     if whole * size < k:
         yield slice(whole * size, k), slice(whole, whole + 1), block[:, whole * size :]
-
-
-def _stack_planes(
-    groups: Floats, planes: int, ternarize: Callable[[Floats], Result]
-) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Ternarize groups (R, L), then what is left over, ...: trits (P, R, L) and scale (P, R)."""
-    trits = np.empty((planes, *groups.shape), dtype=np.int8)
-    scale = np.empty((planes, len(groups)), dtype=np.float32)
-    residual = groups
-    for p in range(planes):
-        trits[p], scale[p] = ternarize(residual)
-        if p + 1 < planes:
-            residual = residual - scale[p][:, None] * trits[p]
-    return (trits, refit_scales(groups, trits, scale)) if planes > 1 else (trits, scale)
