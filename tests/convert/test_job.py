@@ -14,7 +14,8 @@ import tvm
 
 from tests.models import FLOAT, GraphBuilder, gpt2, mlp
 from tvm_ternary.convert.folder import resave
-from tvm_ternary.convert.job import QuantizedLayer, quantize_model
+from tvm_ternary.convert.job import quantize_model
+from tvm_ternary.convert.work import QuantizedLayer
 from tvm_ternary.errors import ModelError, OptionError, OutputError, TernaryError
 from tvm_ternary.formats.quantization import QUANTIZATION_VERSION
 from tvm_ternary.graph.quantized import CONFIG, read_config

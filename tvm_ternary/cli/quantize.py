@@ -13,7 +13,7 @@ from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, p
 
 if TYPE_CHECKING:
     from tvm_ternary.analysis.report import Table
-    from tvm_ternary.convert.job import QuantizedLayer
+    from tvm_ternary.convert.work import QuantizedLayer
 
 _DESCRIPTION = """\
 Make the matrices of a model ternary and write a checkpoint folder, which 'compile', 'eval' and a later 'quantize' read.

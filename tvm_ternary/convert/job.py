@@ -16,51 +16,16 @@ import numpy.typing as npt
 
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.parts import Parts, open_parts
+from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
 from tvm_ternary.errors import OptionError, OutputError
-from tvm_ternary.formats import Scheme, TernaryTensor
-from tvm_ternary.formats.checkpoint import CheckpointFile
+from tvm_ternary.formats import Scheme
 from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.data import data_files
 from tvm_ternary.graph.quantized import is_quantized, read_config
 from tvm_ternary.graph.source import import_model
 from tvm_ternary.quantize.config import LayerQuantizationConfig
-from tvm_ternary.quantize.fit import fit_matrix, metric_of
-from tvm_ternary.quantize.observers import Statistics
-from tvm_ternary.quantize.plan import LayerPlan, packed_bits
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, how many of its steps are done, and of how many."""
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """What became of a matrix, or is to become of it.
-
-    Attributes
-    ----------
-    name : str
-    shape : (N, K)
-    scheme : str or None
-        None: it stayed float.
-    bits_per_weight : float
-        As kernels read it, scales and padding counted.
-    why : str
-        What decided.
-    error, output_error : float or None
-        Relative Frobenius norms of the error of the weights, and of their products with the calibration data.
-    notes : tuple of str
-        What a user should know.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str | None
-    bits_per_weight: float
-    why: str
-    error: float | None = None
-    output_error: float | None = None
-    notes: tuple[str, ...] = ()
+from tvm_ternary.quantize.plan import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -180,7 +145,7 @@ def quantize_model(
     rows = {row.name: row for row in _with_ternary(chosen.plan(imported.shapes), imported, source)}
     report("import", 1, 1)
     if destination is None:
-        planned = tuple(_described(row, None) for row in rows.values())
+        planned = tuple(described(row, None) for row in rows.values())
         return QuantizedModel(None, planned, time.perf_counter() - started)
     inputs: list[dict[str, npt.NDArray[Any]]] | None = None
     if calibration is not None:
@@ -200,118 +165,13 @@ def quantize_model(
         "version": version("tvm-ternary"),
     }
     with open_parts(destination, job, resume=resume) as parts:
-        work = _Work(imported, rows, chosen, parts, report, on_layer)
+        work = Work(imported, rows, chosen, parts, report, on_layer)
         work.run(inputs)
         report("write", 0, 1)
         _finish(destination, parts, imported, work, _config(source, rows, work, options), source)
         report("write", 1, 1)
-    made = tuple(_described(row, work.results.get(row.name)) for row in rows.values())
+    made = tuple(described(row, work.results.get(row.name)) for row in rows.values())
     return QuantizedModel(destination, made, time.perf_counter() - started, work.resumed)
-
-
-class _Work:
-    """Fits groups of matrices, or takes them from finished parts."""
-
-    def __init__(
-        self,
-        model: ImportedModel,
-        rows: Mapping[str, LayerPlan],
-        config: LayerQuantizationConfig,
-        parts: Parts,
-        progress: Progress,
-        on_layer: Callable[[QuantizedLayer], None] | None,
-    ) -> None:
-        self.model, self.rows, self.recipe, self.parts = model, rows, config.recipe, parts
-        self.progress, self.on_layer = progress, on_layer
-        self.wanted = [name for name, row in rows.items() if row.scheme is not None and name not in model.ternary]
-        self.weights = _Weights(model.ternary)
-        self.results: dict[str, Mapping[str, Any]] = {}
-        self.resumed = 0
-
-    def run(self, samples: Sequence[Mapping[str, npt.NDArray[Any]]] | None) -> None:
-        """Fit all matrices, with samples those that share an input together, each on what it then multiplies."""
-        self.progress("quantize", 0, len(self.wanted))
-        if samples is not None:
-            from tvm_ternary.convert.stream import calibrate
-
-            calibrate(self.model, samples, self.replace)
-        for name in self.wanted:
-            # With samples, what is left is not reached by any of them.
-            if name not in self.results:
-                self.fit([name], None)
-
-    def replace(self, names: Sequence[str], statistics: Statistics) -> dict[str, npt.NDArray[np.float32]]:
-        """Fit what is to be fitted of a group, and give (K, N) float weights for all of it."""
-        self.fit([name for name in names if name in self.wanted and name not in self.results], statistics)
-        return {
-            name: self.weights[name].dequantize().T if name in self.weights else self.model.params[name]
-            for name in names
-        }
-
-    def fit(self, names: list[str], statistics: Statistics | None) -> None:
-        """Fit matrices that share an input and keep them, unless that is done."""
-        if not names:
-            return
-        number = list(self.rows).index(names[0])
-        found = self.parts.find(number, names)
-        self.resumed += len(names) if found is not None else 0
-        if found is None:
-            self.parts.save(number, *self._fitted(names, statistics))
-            found = self.parts.find(number, names)
-            assert found is not None
-        content, results = found
-        for name in names:
-            self.weights.add(name, content)
-            self.results[name] = results[name]
-            self.progress("quantize", len(self.results), len(self.wanted))
-            if self.on_layer is not None:
-                self.on_layer(_described(self.rows[name], results[name]))
-
-    def _fitted(
-        self, names: list[str], statistics: Statistics | None
-    ) -> tuple[dict[str, TernaryTensor], dict[str, dict[str, Any]]]:
-        metric = None
-        if statistics is not None and statistics.hessian is not None and self.recipe.compensate:
-            metric = metric_of(statistics, self.recipe)
-        weights: dict[str, TernaryTensor] = {}
-        results: dict[str, dict[str, Any]] = {}
-        for name in names:
-            scheme = self.rows[name].scheme
-            assert scheme is not None
-            fit = fit_matrix(self.model.params[name].T, scheme, self.recipe, statistics, metric=metric, name=name)
-            weights[name] = fit.weight
-            results[name] = {
-                "error": fit.error,
-                "output_error": fit.output_error,
-                "plain_output_error": fit.plain_output_error,
-                "planes": fit.weight.num_planes,
-                "notes": list(fit.notes),
-            }
-        return weights, results
-
-
-class _Weights(Mapping[str, TernaryTensor]):
-    """All ternary matrices, each read from where it lies when it is asked for."""
-
-    def __init__(self, ternary: Mapping[str, TernaryTensor]) -> None:
-        self._homes: dict[str, Mapping[str, Any]] = dict.fromkeys(ternary, ternary)
-
-    def add(self, name: str, home: CheckpointFile) -> None:
-        self._homes[name] = home
-
-    def __getitem__(self, name: str) -> TernaryTensor:
-        tensor = self._homes[name][name]
-        assert isinstance(tensor, TernaryTensor)
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._homes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
-
-    def __len__(self) -> int:
-        return len(self._homes)
 
 
 def _with_ternary(plan: Sequence[LayerPlan], model: ImportedModel, source: Path) -> Iterator[LayerPlan]:
@@ -328,26 +188,7 @@ def _with_ternary(plan: Sequence[LayerPlan], model: ImportedModel, source: Path)
         yield replace(row, scheme=known, reason=None, rule="ternary in the model")
 
 
-def _described(row: LayerPlan, result: Mapping[str, Any] | None) -> QuantizedLayer:
-    if row.scheme is None:
-        return QuantizedLayer(row.name, row.shape, None, 32.0, row.reason or "")
-    # A matrix that was ternary already needs one plane, whatever the scheme allows.
-    scheme = row.scheme if result is None else replace(row.scheme, planes=result.get("planes", row.scheme.planes))
-    bits = packed_bits(row.shape, scheme) / max(1, row.shape[0] * row.shape[1])
-    measured = result or {}
-    return QuantizedLayer(
-        row.name,
-        row.shape,
-        str(scheme),
-        bits,
-        row.rule,
-        measured.get("error"),
-        measured.get("output_error"),
-        tuple(measured.get("notes", ())),
-    )
-
-
-def _config(source: Path, rows: Mapping[str, LayerPlan], work: _Work, options: dict[str, Any]) -> QuantizationConfig:
+def _config(source: Path, rows: Mapping[str, LayerPlan], work: Work, options: dict[str, Any]) -> QuantizationConfig:
     """What ``config.json`` says; a quantized model to which nothing was added keeps what it said."""
     before = read_config(source)[1] if is_quantized(source) else None
     if before is not None and not work.results:
@@ -365,7 +206,7 @@ def _finish(
     destination: Path,
     parts: Parts,
     model: ImportedModel,
-    work: _Work,
+    work: Work,
     config: QuantizationConfig,
     source: Path,
 ) -> None:
@@ -400,6 +241,12 @@ def _free(output: str | Path | None, source: Path, overwrite: bool) -> Path:
         if not overwrite:
             raise OutputError(str(destination), "exists", "choose another name, or replace it with --overwrite")
     return destination
+
+
+def _tokenizer(given: str | Path | None, source: Path) -> Path | None:
+    """What cuts text into tokens: what was given, or what lies with the model."""
+    own = (source if source.is_dir() else source.parent) / "tokenizer.json"
+    return Path(given) if given is not None else own if own.is_file() else None
 
 
 def _stamp(source: Path, model: ImportedModel) -> list[list[Any]]:

@@ -24,6 +24,9 @@ from tvm_ternary.formats.checkpoint import CheckpointFile
 _JOB, _RESULTS = "job.json", "results"
 
 
+Part = tuple[CheckpointFile, dict[str, Any]]
+
+
 class Parts:
     """The finished parts of a job.
 
@@ -36,22 +39,21 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, number: int, names: list[str]) -> tuple[CheckpointFile, dict[str, Any]] | None:
-        """A part by its number, with what was measured; None where it is not finished."""
-        path = self._path(number)
-        if not path.exists():
-            return None
-        content = CheckpointFile(path)
-        if list(content) != sorted(names):
-            raise OutputError(str(path), "holds other matrices than this part of the job has", _AGAIN)
-        return content, json.loads(content.metadata[_RESULTS])
+    def finished(self) -> Iterator[Part]:
+        """The parts there are, each with its matrices and what was measured."""
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            yield _part(path)
 
-    def save(self, number: int, weights: Mapping[str, TernaryTensor], results: Mapping[str, Any]) -> None:
-        """Finish a part; it appears whole or not at all."""
-        save_tensors(self._path(number), weights, {_RESULTS: json.dumps(results, sort_keys=True)})
+    def save(self, number: int, weights: Mapping[str, TernaryTensor], results: Mapping[str, Any]) -> Part:
+        """Finish a part; it appears whole or not at all, and is read from there."""
+        path = self.folder / f"part-{number:05d}.safetensors"
+        save_tensors(path, weights, {_RESULTS: json.dumps(results, sort_keys=True)})
+        return _part(path)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
+
+def _part(path: Path) -> Part:
+    content = CheckpointFile(path)
+    return content, json.loads(content.metadata[_RESULTS])
 
 
 @contextmanager
