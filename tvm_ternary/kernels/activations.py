@@ -38,7 +38,7 @@ def int8_rows(shape: MatmulShape, block: int = LANES) -> tirx.PrimFunc:
     x_q. The error of a value is at most x_scale / 2. NaN or infinity makes x_scale not finite, and so all of its
     group's results. Groups are padded to whole blocks of ``block`` k's.
     """
-    with _function("quantize_rows_int8") as built:
+    with scheduled_function("quantize_rows_int8") as built:
         m, x = _rows_in(shape.k)
         x_q = T.arg("x_q", T.buffer((m, shape.padded_k(block)), "int8"))
         x_sum = T.arg("x_sum", T.buffer((m, shape.segments(block)), "int32"))
@@ -79,7 +79,7 @@ def int8_rows(shape: MatmulShape, block: int = LANES) -> tirx.PrimFunc:
 
             _for_groups(shape, group)
 
-        _for_rows(m, row)
+        for_rows(m, row)
     return built()
 
 
@@ -91,7 +91,7 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
     5). Where the sum of |x| is not finite, x_scale is NaN.
     """
     words = shape.padded_k(_BITS) // _BITS
-    with _function("quantize_rows_ternary") as built:
+    with scheduled_function("quantize_rows_ternary") as built:
         m, x = _rows_in(shape.k)
         x_bits = T.arg("x_bits", T.buffer((m, words, 2), "uint32"))
         x_scale = T.arg("x_scale", T.buffer((m,), "float32"))
@@ -117,13 +117,13 @@ def ternary_rows(shape: MatmulShape) -> tirx.PrimFunc:
             T.buffer_store(x_scale, T.Select(limit[0] <= T.max_value("float32"), scale, T.float32(float("nan"))), [i])
             _for_groups(shape, lambda g, size: _pack_words(shape, g, size, x, x_bits, i, limit[0]))
 
-        _for_rows(m, row)
+        for_rows(m, row)
     return built()
 
 
 def padded_rows(shape: MatmulShape) -> tirx.PrimFunc:
     """x (M, K) float32 -> x (M, Kp) float32, each group padded with zeros to whole blocks of 16."""
-    with _function("pad_rows") as built:
+    with scheduled_function("pad_rows") as built:
         m, x = _rows_in(shape.k)
         out = T.arg("x_padded", T.buffer((m, shape.padded_k(16)), "float32"))
 
@@ -137,12 +137,12 @@ def padded_rows(shape: MatmulShape) -> tirx.PrimFunc:
                 lambda at: T.buffer_store(out, T.float32(0), [i, at]),
             )
 
-        _for_rows(m, lambda i: _for_groups(shape, lambda g, size: group(i, g, size)))
+        for_rows(m, lambda i: _for_groups(shape, lambda g, size: group(i, g, size)))
     return built()
 
 
 @contextmanager
-def _function(name: str) -> Iterator[Callable[[], tirx.PrimFunc]]:
+def scheduled_function(name: str) -> Iterator[Callable[[], tirx.PrimFunc]]:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": 1, "op_pattern": 8})
@@ -154,7 +154,7 @@ def _rows_in(k: int) -> tuple[Expr, Expr]:
     return m, T.arg("x", T.buffer((m, k), "float32"))
 
 
-def _for_rows(m: Expr, emit: Callable[[Expr], None]) -> None:
+def for_rows(m: Expr, emit: Callable[[Expr], None]) -> None:
     """Run ``emit`` for each row, in parallel where there are enough of them."""
 
     def loop(make: Callable[..., Expr], name: str) -> None:
@@ -216,7 +216,7 @@ def _blocks(
         if count:
             with T.serial(0, count) as b:
                 k = done + b * step
-                value(_ramp(k, step), _ramp(start + k, step), _ramp(0, step), step)
+                value(ramp(k, step), ramp(start + k, step), ramp(0, step), step)
         done += count * step
     if width > size:
         with T.serial(size, width) as k:
@@ -241,7 +241,7 @@ def _lanes(dtype: str, width: int) -> str:
     return dtype if width == 1 else f"{dtype}x{width}"
 
 
-def _ramp(start: Expr, width: int) -> Expr:
+def ramp(start: Expr, width: int) -> Expr:
     return start if width == 1 else tirx.Ramp(start, 1, width)
 
 
