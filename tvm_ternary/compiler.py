@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -19,12 +19,15 @@ from tvm_ternary.build.artifact import build_artifact
 from tvm_ternary.build.executable import build_executable, cuda_source
 from tvm_ternary.build.nvcc import CudaCode, Nvcc, compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import describe_weights, weights_lie_beside
+from tvm_ternary.convert.first import quantized_first
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
+from tvm_ternary.formats import SHARED_SCALES, Scheme, TernaryTensor, with_shared_scales
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.quantize_tables import QuantizedTables, quantize_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
+from tvm_ternary.graph.quantized import is_quantized, read_config
 from tvm_ternary.graph.source import import_model, model_digest
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import require_device
@@ -32,6 +35,7 @@ from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.config import require_embeddings
 from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
+from tvm_ternary.quantize.settled import settled_plan
 from tvm_ternary.quantize.tables import row_bits
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import (
@@ -79,13 +83,21 @@ def compile(
     output: str | Path,
     *,
     target: str | Mapping[str, Any] = "native",
-    scheme: str = DEFAULT_SCHEME,
-    layers: str | Sequence[str] | Mapping[str, str] = "all",
+    scheme: str | None = None,
+    layers: str | Sequence[str] | Mapping[str, str] | None = None,
     method: str = "twn",
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     packing: str = "fast",
-    embeddings: str = "int8",
+    embeddings: str | None = None,
+    calibration: str | Path | Iterable[Any] | None = None,
+    samples: int = 128,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    length: int = 128,
+    recipe: Mapping[str, Any] | None = None,
+    edges: str | None = None,
+    output_layer: str | None = None,
     weights: str = "auto",
     tuning_log: str | Path | None = None,
     dump_ir: str | Path | None = None,
@@ -96,18 +108,20 @@ def compile(
     Parameters
     ----------
     model : path
-        An ``.onnx`` file, or a checkpoint folder: ``config.json`` and safetensors.
+        An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), or one that `quantize_model` wrote.
     output : path
         The ``.so`` to write; it appears whole or not at all.
     target : str or mapping
         A name that `tvm_ternary.target.target_names` lists, ``native`` for this host, or a TVM target dictionary.
         ``cuda-sm_90`` compiles for a GPU; nvcc is needed for that, a GPU is not.
-    scheme : str
+    scheme : str, optional
         ``t{planes}a{activation bits}`` and the scales' granularity: ``g64`` for groups of 64, ``pt`` for one a matrix,
-        nothing for one a row. ``t3a8g64`` is three trit planes, int8 activations, groups of 64.
-    layers : str, sequence or mapping
+        nothing for one a row. ``t3a8g64``, the default, is three trit planes, int8 activations, groups of 64. A
+        quantized checkpoint has its own.
+    layers : str, sequence or mapping, optional
         Which matrices become ternary: ``all``, ``attention``, ``ffn`` or regular expressions over their names, each
-        perhaps with a scheme of its own (``"query|key=t3a8g64"``). The others stay float.
+        perhaps with a scheme of its own (``"query|key=t3a8g64"``). The others stay float. By default all; of a
+        quantized checkpoint those that are ternary.
     method : str
         How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`.
     dims : mapping, optional
@@ -117,9 +131,12 @@ def compile(
     packing : str
         ``fast`` keeps trits in 2 bits. ``dense`` keeps five in a byte, 1.6 bits each, where all schemes are ``a8``; it
         suits one scale a row or groups of 128 and more, since a group is padded to a multiple of 20 weights.
-    embeddings : str
-        What tables that are read by rows become: ``int8`` with a scale a row, or ``float``, which leaves them as they
-        are.
+    embeddings : str, optional
+        What tables that are read by rows become: ``int8`` with a scale a row, which is the default, or ``float``, which
+        leaves them as they are. Of a quantized checkpoint what it says.
+    calibration, samples, seed, tokenizer, length, recipe, edges, output_layer
+        As for `quantize_model`: with any of calibration, recipe, edges and output_layer, the model is quantized first
+        as that does it; edges and the output layer are then the same as the others unless they are given.
     weights : str
         ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
     tuning_log : path, optional
@@ -153,26 +170,49 @@ def compile(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise OutputError(str(output), "is the model itself", "choose another name")
     find_method(method)
-    require_embeddings(embeddings)
+    if embeddings is not None:
+        require_embeddings(embeddings)
     # Code for several GPUs is written, and was tuned, for the oldest.
     logs = open_logs(resolved.tier if resolved.kind == "cuda" else resolved.name, tuning_log)
     dump = dump_to(dump_ir)
-    with stages.stage("import"):
-        imported = import_model(source, dims, constants)
-        dump("import", imported.module)
-        plan = make_plan(imported.shapes, scheme, layers, packing)
-        for chosen in (row.scheme for row in plan if row.scheme is not None):
-            require_device(chosen.activation_bits, resolved.kind, packing)
-    with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
-        quantized, errors = _quantize(imported.params, plan, method, packing, step)
-        tables = quantize_tables(imported.module, imported.tables, imported.embeddings if embeddings == "int8" else ())
-    with stages.stage("lower"):
-        size = sum(layer.packed_bytes for layer in quantized.values())
-        size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
-        size += sum(_bytes(table) for table in tables.tables.values())
-        beside = weights_lie_beside(size, weights)
-        changed = replace(imported, module=tables.module, tables=tables.tables)
-        lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
+    fitting = {
+        "calibration": calibration,
+        "samples": samples,
+        "seed": seed,
+        "tokenizer": tokenizer,
+        "length": length,
+        "recipe": recipe,
+        "edges": edges,
+        "output_layer": output_layer,
+    }
+    first = _quantize_options(fitting, scheme, layers, stages.progress)
+    with quantized_first(source, destination, first, dims, constants) as (ready, free, fixed):
+        with stages.stage("import"):
+            imported = import_model(ready, free, fixed)
+            if ready != source:
+                imported = replace(imported, name=source.resolve().name if source.is_dir() else source.stem)
+            settled = read_config(ready)[1] if is_quantized(ready) else None
+            named = scheme or (settled.options.get("scheme") if settled is not None else None) or DEFAULT_SCHEME
+            dump("import", imported.module)
+            if settled is None:
+                plan = make_plan(imported.shapes, named, "all" if layers is None else layers, packing)
+            else:
+                plan = settled_plan(settled, imported.shapes, scheme, layers, packing)
+            for own in (row.scheme for row in plan if row.scheme is not None):
+                require_device(own.activation_bits, resolved.kind, packing)
+        with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
+            quantized, errors = _quantize(imported, plan, method, packing, step)
+            if settled is not None:
+                errors |= {name: result["error"] for name, result in settled.results.items() if name in errors}
+            chosen = embeddings or (settled.embeddings if settled is not None else "int8")
+            tables = quantize_tables(imported.module, imported.tables, imported.embeddings if chosen == "int8" else ())
+        with stages.stage("lower"):
+            size = sum(layer.packed_bytes for layer in quantized.values())
+            size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
+            size += sum(_bytes(table) for table in tables.tables.values())
+            beside = weights_lie_beside(size, weights)
+            changed = replace(imported, module=tables.module, tables=tables.tables)
+            lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
     graph = resolved.kind == "cuda" and is_static(lowered.module)
     with stages.stage("build"):
         executable = build_executable(lowered.module, resolved.tvm, cuda_graph=graph)
@@ -183,7 +223,7 @@ def compile(
             cuda = compile_fatbin(code, resolved.archs, nvcc)
     with stages.stage("link"):
         params = lowered.ternary.params
-        manifest = _manifest(imported, source, plan, quantized, errors, tables, lowered, resolved, scheme)
+        manifest = _manifest(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
         if nvcc is not None:
             manifest = replace(
                 manifest, target=_cuda_info(resolved, nvcc, cuda), kernels=_kernel_info(cuda), graph=graph
@@ -195,24 +235,46 @@ def compile(
     return Artifact(path, manifest, stages.seconds, tuple(note for log in logs for note in log.notes))
 
 
+def _quantize_options(
+    fitting: dict[str, Any],
+    scheme: str | None,
+    layers: str | Sequence[str] | Mapping[str, str] | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Arguments of `quantize_model`; none where matrices are fitted one by one to their weights."""
+    if all(fitting[name] is None for name in ("calibration", "recipe", "edges", "output_layer")):
+        return {}
+    places = {name: fitting[name] or "same" for name in ("edges", "output_layer")}
+    return {**fitting, **places, "scheme": scheme or DEFAULT_SCHEME, "layers": layers, "progress": progress}
+
+
 def _quantize(
-    params: Mapping[str, npt.NDArray[Any]],
-    plan: Sequence[LayerPlan],
-    method: str,
-    packing: str,
-    step: Callable[[], None],
+    imported: ImportedModel, plan: Sequence[LayerPlan], method: str, packing: str, step: Callable[[], None]
 ) -> tuple[dict[str, TernaryLayer], dict[str, float]]:
     layers: dict[str, TernaryLayer] = {}
     errors: dict[str, float] = {}
     for row in plan:
         if row.scheme is None:
             continue
-        dense = params[row.name].T
-        weight = quantize(dense, row.scheme, method, name=row.name)
+        if row.name in imported.ternary:
+            weight, errors[row.name] = _as_it_is(imported.ternary[row.name], row.scheme)
+        else:
+            dense = imported.params[row.name].T
+            weight = quantize(dense, row.scheme, method, name=row.name)
+            errors[row.name] = quantization_error(dense, weight)
         layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits, packing, row.scheme.bfloat)
-        errors[row.name] = quantization_error(dense, weight)
         step()
     return layers, errors
+
+
+def _as_it_is(stored: TernaryTensor, scheme: Scheme) -> tuple[TernaryTensor, float]:
+    """A matrix that is ternary in the model already: its own planes and granularity, whatever the scheme's are.
+
+    One plane keeps every bit. Several have shared scales if `quantize` made them for a scheme with such; then they too
+    come back as they are.
+    """
+    weight = with_shared_scales(stored) if scheme.activation_bits in SHARED_SCALES else stored
+    return weight, 0.0 if weight is stored else quantization_error(stored.dequantize(), weight)
 
 
 def _manifest(

@@ -198,5 +198,5 @@ def _rows(
     """Cosines and sines of some of the positions, each (sequence, size / 2)."""
     angles = positions[:, None] * frequencies
     tables = (relax.const((gain * values).astype(np.float32)) for values in (np.cos(angles), np.sin(angles)))
-    cosine, sine = (graph.emit(R.take(table, which, 0)) for table in tables)
+    cosine, sine = (graph.emit(R.take(table, which, 0, "clip")) for table in tables)
     return cosine, sine
