@@ -114,7 +114,10 @@ def write_model(folder: Path = OUTPUT, models: Path = FOLDER) -> Path:
 
 
 def agreement(run: Any) -> dict[str, Array | float]:
-    """Metrics for ``tvm-ternary eval``: the labels, which it compares with the float model's, and how many are right.
+    """Metrics for ``tvm-ternary eval``: which label each prompt gets, and the share of right ones.
+
+    A label is a row with a one: rows that are compared with the float model's have a cosine of 1 where the labels are
+    the same and 0 elsewhere, so that the mean is the share that agrees.
 
     Parameters
     ----------
@@ -122,7 +125,8 @@ def agreement(run: Any) -> dict[str, Array | float]:
         From inputs to outputs, both by name.
     """
     found = labels(run, Tokenizer.from_file(str(OUTPUT / "tokenizer.json")))
-    return {"labels": found, "right": float(np.mean(found == [label for _, label in prompts()]))}
+    expected = np.array([label for _, label in prompts()])
+    return {"nanoguard labels": np.eye(2)[found], "nanoguard right": float(np.mean(found == expected))}
 
 
 def labels(run: Run, tokenizer: Tokenizer) -> Array:

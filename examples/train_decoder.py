@@ -4,7 +4,9 @@ There is no decoder to be had with free weights and a size that tests can bear, 
 numpy alone, some minutes on two cores. It becomes a checkpoint folder as Hugging Face would write it::
 
     python examples/train_decoder.py
-    tvm-ternary eval .cache/models/decoder --scheme t2a8g64 --data .cache/models/decoder/held_out.txt
+    cd .cache/models/decoder
+    tvm-ternary quantize . -o t2 --scheme t2a8g64 --calibration calibration.npz
+    tvm-ternary eval . t2 --data held_out.npz --samples 256
 
 Ctrl-C stops it; the next call goes on from the last hundred steps, and ends with the same numbers as if it had not been
 stopped.
@@ -22,10 +24,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-# Sums in another order round otherwise; and two threads of ours go faster than two of OpenBLAS, which wait for each
-# other at every product. It reads this when numpy is imported.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if __name__ == "__main__":
+    # Sums in another order round otherwise; and two threads of ours go faster than two of OpenBLAS, which wait for each
+    # other at every product. It reads this when numpy is imported.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np
 from decoder import DecoderConfig, Parameters, Tokens, forward, initial, loss_and_gradients
@@ -45,6 +49,8 @@ UNKNOWN = "<unk>"
 # Each batch is cut into so many parts, a thread each. A constant, since gradients of parts are rounded before they add.
 PARTS = 2
 SAVE_EVERY = 100
+# Windows of text to measure on, and to calibrate with.
+HELD_OUT, CALIBRATION = 256, 128
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def train(
     ModelError
         If ``path`` holds the state of another training.
     """
-    identity = json.dumps([asdict(config), asdict(training), zlib.crc32(text.astype("<i8").tobytes())])
+    identity = [asdict(config), asdict(training), zlib.crc32(text.astype("<i8").tobytes())]
     state = load_state(path, identity) if path.exists() else State.new(config, training.seed)
     with ThreadPoolExecutor(PARTS) as pool:
         while state.step < training.steps:
@@ -164,25 +170,26 @@ def adam(state: State, gradients: Parameters, training: Training) -> None:
         parameter -= np.float32(rate / unbias1) * mean / (np.sqrt(square / np.float32(unbias2)) + np.float32(1e-8))
 
 
-def save_state(path: Path, state: State, identity: str) -> None:
+def save_state(path: Path, state: State, identity: list[Any]) -> None:
     """Write all that training needs to go on."""
     kinds = {"parameters": state.parameters, "mean": state.mean, "square": state.square}
     arrays = {f"{kind}/{name}": array for kind, named in kinds.items() for name, array in named.items()}
-    _save(path, arrays, {"step": str(state.step), "identity": identity})
+    # One entry, because safetensors writes several in no fixed order.
+    _save(path, arrays, {"training": json.dumps({"step": state.step, "identity": identity})})
 
 
-def load_state(path: Path, identity: str) -> State:
+def load_state(path: Path, identity: list[Any]) -> State:
     """Read what `save_state` wrote."""
     with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-        if metadata["identity"] != identity:
+        described = json.loads(file.metadata()["training"])
+        if described["identity"] != identity:
             problem = "is of a training with other sizes, settings or text"
             raise ModelError(str(path), problem, "remove it, or name another --folder")
         kinds: dict[str, Parameters] = {"parameters": {}, "mean": {}, "square": {}}
         for key in file.keys():  # noqa: SIM118 - not a dict
             kind, _, name = key.partition("/")
             kinds[kind][name] = file.get_tensor(key)
-    return State(int(metadata["step"]), **kinds)
+    return State(described["step"], **kinds)
 
 
 def save_checkpoint(folder: Path, parameters: Parameters, config: DecoderConfig) -> None:
@@ -234,16 +241,28 @@ def encode(text: str) -> Tokens:
     return np.array(tokenizer().encode(text).ids, np.int64)
 
 
-def perplexity(parameters: Parameters, text: Tokens, config: DecoderConfig, windows: int) -> float:
-    """Exponential of the mean cross entropy over the first windows of ``context`` characters, each read alone."""
-    total = 0.0
-    pieces = text[: windows * config.context].reshape(windows, config.context)
+def windows(text: Tokens, length: int, count: int) -> Tokens:
+    """Windows (count, length) at even distances, from the beginning of a text to its end."""
+    starts = np.linspace(0, len(text) - length, count).astype(np.int64)
+    found: Tokens = text[starts[:, None] + np.arange(length)]
+    return found
+
+
+def save_windows(path: Path, tokens: Tokens) -> None:
+    """Write windows as the inputs of a model, for ``tvm-ternary``."""
+    with atomic_path(path) as temporary:
+        np.savez(temporary, input_ids=tokens, attention_mask=np.ones_like(tokens))
+
+
+def perplexity(parameters: Parameters, pieces: Tokens, config: DecoderConfig) -> float:
+    """Exponential of the mean cross entropy over windows (count, length), each read alone."""
+    losses = []
     for piece in pieces:
         logits = forward(parameters, piece[None, :-1], config)[0].astype(np.float64)
         top = logits.max(axis=1)
         normalizer = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        total += (normalizer - np.take_along_axis(logits, piece[1:, None], axis=1)[:, 0]).mean()
-    return float(np.exp(total / windows))
+        losses.append((normalizer - np.take_along_axis(logits, piece[1:, None], axis=1)[:, 0]).mean())
+    return float(np.exp(np.mean(losses)))
 
 
 def main() -> int:
@@ -256,10 +275,10 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     config, training = DecoderConfig(1 + len(CHARACTERS)), Training(steps=args.steps)
     print("collecting text", file=sys.stderr, flush=True)
-    texts = split(documents())
-    for name, text in zip(("train.txt", "held_out.txt"), texts, strict=True):
-        with atomic_path(args.folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    text, other = map(encode, split(documents()))
+    held_out = windows(other, config.context, HELD_OUT)
+    save_windows(args.folder / "held_out.npz", held_out)
+    save_windows(args.folder / "calibration.npz", windows(text, config.context, CALIBRATION))
     start = time.perf_counter()
 
     def report(step: int, loss: float) -> None:
@@ -267,9 +286,9 @@ def main() -> int:
             spent = time.perf_counter() - start
             print(f"step {step} of {training.steps}: {loss:.3f} nats, {spent:.0f} s", file=sys.stderr, flush=True)
 
-    parameters = train(encode(texts[0]), config, training, args.folder / "training.safetensors", report)
+    parameters = train(text, config, training, args.folder / "training.safetensors", report)
     save_checkpoint(args.folder, parameters, config)
-    print(f"{args.folder}: held-out perplexity {perplexity(parameters, encode(texts[1]), config, 256):.4f}")
+    print(f"{args.folder}: held-out perplexity {perplexity(parameters, held_out, config):.4f}")
     return 0
 
 

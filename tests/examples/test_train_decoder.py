@@ -93,7 +93,8 @@ def test_it_learns(tmp_path: Path) -> None:
     text = np.tile(np.arange(7), 40)
     trained = train_decoder.train(text, TINY, Training(steps=60, batch=4, warmup=5, rate=0.02), tmp_path / "state")
     fresh = decoder.initial(TINY, seed=0)
-    before, after = (train_decoder.perplexity(values, text, TINY, windows=4) for values in (fresh, trained))
+    pieces = train_decoder.windows(text, 7, 4)
+    before, after = (train_decoder.perplexity(values, pieces, TINY) for values in (fresh, trained))
     assert before > 5
     assert after < 1.2
 
@@ -148,9 +149,25 @@ def test_the_script_writes_a_checkpoint(tmp_path: Path) -> None:
     shapes = {name: array.shape for name, array in load_file(tmp_path / "model.safetensors").items()}
     assert shapes == sizes.shapes()
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    text = (tmp_path / "held_out.txt").read_text(encoding="utf-8")[:500]
-    found = tokenizer.encode(text)
-    assert len(found.ids) == 500
-    assert tokenizer.decode(found.ids) == text
     assert tokenizer.get_vocab_size() == sizes.vocabulary
-    assert tokenizer.encode("ü").ids == [0]
+    for name, count in (("held_out.npz", 256), ("calibration.npz", 128)):
+        with np.load(tmp_path / name) as inputs:
+            assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (count, sizes.context)
+            text = tokenizer.decode(inputs["input_ids"][1].tolist(), skip_special_tokens=False)
+        assert len(text) == sizes.context
+
+
+def inputs_of(text: str) -> list[int]:
+    """Character by character."""
+    return [train_decoder.CHARACTERS.index(letter) + 1 for letter in text]
+
+
+def test_tokens_are_characters() -> None:
+    text = "".join(reversed(train_decoder.CHARACTERS))
+    assert train_decoder.encode(text).tolist() == inputs_of(text)
+    assert train_decoder.encode("aü").tolist() == [*inputs_of("a"), 0]
+    assert train_decoder.tokenizer().decode(inputs_of("a b\n c")) == "a b\n c"
+
+
+def test_windows_reach_from_end_to_end() -> None:
+    assert train_decoder.windows(np.arange(10), 4, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
