@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_ternary.formats import PerGroup
-from tvm_ternary.quantize.compensate import Metric, first_trits, refit, round_to, row_errors, sweep
+from tvm_ternary.quantize.compensate import Metric, first_trits, refit, round_to, row_errors, sweep, with_shift
 from tvm_ternary.quantize.levels import Levels
 from tvm_ternary.quantize.start import start_levels
 
@@ -163,3 +163,18 @@ def test_no_inputs_at_all() -> None:
     w, _ = matrices(32)
     metric, levels = Metric.of(np.zeros((K, K), np.float32)), levels_of(w, 2)
     np.testing.assert_array_equal(first_trits(w, levels, metric), round_to(levels, w))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_shift_makes_up_for_moved_inputs(act_order: bool) -> None:
+    generator = np.random.default_rng(0)
+    f = generator.standard_normal((400, K))
+    x = f @ (np.eye(K) + 0.1 * generator.standard_normal((K, K)))
+    w, _ = matrices(0)
+    metric = Metric.of((x.T @ x / 400).astype(np.float32), damping=1e-6, act_order=act_order)
+    drift = ((f - x).T @ x / 400).astype(np.float32)
+    solved = np.linalg.lstsq(x, f @ w.T, rcond=None)[0].T
+    for share in (0.0, 0.5, 1.0):
+        shift = with_shift(metric, drift, share).shift
+        assert shift is not None
+        np.testing.assert_allclose(w + w @ shift, w + share * (solved - w), atol=2e-3)

@@ -116,3 +116,17 @@ def test_nothing_seen_is_refused() -> None:
     observer.update(np.zeros((0, 3), np.float32))
     with pytest.raises(InputError, match="no rows, expected at least one"):
         observer.statistics()
+
+
+def test_drift_is_how_far_rows_moved() -> None:
+    generator = np.random.default_rng(0)
+    f, x = (generator.standard_normal((100, 6)).astype(np.float32) for _ in range(2))
+    observer = Observer(6)
+    for start in range(0, 100, 30):
+        observer.update(x[start : start + 30], f[start : start + 30])
+    drift = observer.statistics().drift
+    assert drift is not None
+    np.testing.assert_allclose(drift, (f - x).T.astype(np.float64) @ x / 100, atol=1e-6)
+    plain = Observer(6)
+    plain.update(x)
+    assert plain.statistics().drift is None

@@ -101,7 +101,16 @@ class Work:
             # What is finished is no weight of the float model any more.
             begun = replace(self.model, params=_Params(self.model.params, self.weights))
             hessian = self.recipe.compensate
-            calibrate(begun, samples, self.replace, wanted=self.wanted, hessian=hessian, progress=self.progress)
+            original = self.model if hessian and self.recipe.correct_inputs > 0 else None
+            calibrate(
+                begun,
+                samples,
+                self.replace,
+                wanted=self.wanted,
+                hessian=hessian,
+                original=original,
+                progress=self.progress,
+            )
         for name in self.wanted:
             # With samples, what is left is used by none of the outputs.
             if name not in self.results:

@@ -18,7 +18,7 @@ coordinate descent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +42,15 @@ class Metric:
         Upper triangular Cholesky factor U of the inverse, H^-1 = U^T U, rows and columns in ``order``.
     damping : float
         What was added to the diagonal to make it positive definite, as a share of its mean.
+    shift : (K, K) float32 or None
+        What is to be added to W, as W shift, so that it makes up for a drift of its inputs.
     """
 
     hessian: Floats
     order: npt.NDArray[np.intp]
     inverse: Floats
     damping: float
+    shift: Floats | None = None
 
     @classmethod
     def of(cls, hessian: Floats, *, damping: float = 0.01, act_order: bool = True) -> Metric:
@@ -74,6 +77,29 @@ class Metric:
                 return cls(damped.astype(np.float32), order, inverse, share)
             except np.linalg.LinAlgError:
                 share = max(10 * share, 1e-4)
+
+
+def with_shift(metric: Metric, drift: Floats, share: float) -> Metric:
+    """Make up for what quantizing other matrices did to the inputs.
+
+    Where the float model has f, this one has x. The weights V that bring V x nearest to W f solve
+    V H = W (mean of f x^T), and so V = W + W drift H^-1 with drift = mean of (f - x) x^T.
+
+    Parameters
+    ----------
+    metric : Metric
+    drift : (K, K) float32
+    share : float
+        0 to 1, how far to go there. The whole way fits the sample too closely.
+
+    References
+    ----------
+    Li et al., "GPTAQ", arXiv:2504.02692, eq. (6), for the objective.
+    """
+    ordered = (drift[:, metric.order] @ metric.inverse.T) @ metric.inverse
+    shift = np.empty_like(drift)
+    shift[:, metric.order] = np.float32(share) * ordered
+    return replace(metric, shift=shift)
 
 
 def _inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:

@@ -12,7 +12,7 @@ from tvm_ternary.formats.factors import with_shared_scales
 from tvm_ternary.formats.granularity import PerTensor
 from tvm_ternary.formats.scheme import SHARED_SCALES, Scheme
 from tvm_ternary.formats.ternary import TernaryTensor
-from tvm_ternary.quantize.compensate import Metric, first_trits, refit, round_to, row_errors, sweep
+from tvm_ternary.quantize.compensate import Metric, first_trits, refit, round_to, row_errors, sweep, with_shift
 from tvm_ternary.quantize.exact import recognise
 from tvm_ternary.quantize.levels import Floats, Levels
 from tvm_ternary.quantize.observers import Statistics
@@ -55,7 +55,10 @@ def metric_of(statistics: Statistics, recipe: Recipe) -> Metric:
     recipe : Recipe
     """
     assert statistics.hessian is not None
-    return Metric.of(statistics.hessian, damping=recipe.damping, act_order=recipe.act_order)
+    metric = Metric.of(statistics.hessian, damping=recipe.damping, act_order=recipe.act_order)
+    if statistics.drift is None or not recipe.correct_inputs:
+        return metric
+    return with_shift(metric, statistics.drift, recipe.correct_inputs)
 
 
 def fit_matrix(
@@ -73,7 +76,7 @@ def fit_matrix(
     are fitted to the weights, each column weighted by the mean square of its input where that is known; and with
     calibration data and ``recipe.compensate``, trits and scales are chosen for the smallest output error. Should
     compensation end above what plain rounding reaches, which only rounding noise can bring about, the plain result is
-    kept and a note says so.
+    kept and a note says so. With the drift of the inputs known, what is fitted is the matrix that makes up for it.
 
     Parameters
     ----------
@@ -132,6 +135,8 @@ def _importance(statistics: Statistics) -> Floats:
 
 
 def _compensated(w: Floats, levels: Levels, recipe: Recipe, metric: Metric) -> tuple[Levels, npt.NDArray[np.uint8]]:
+    if metric.shift is not None:
+        w = w + w @ metric.shift
     chosen = first_trits(w, levels, metric)
     for _ in range(recipe.sweeps):
         levels = refit(w, levels, chosen, metric)

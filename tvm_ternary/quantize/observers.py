@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ class Statistics:
         Mean of x x^T, exactly symmetric; its diagonal is ``square`` up to rounding. None if it was not asked for.
     histogram : (K, B) uint32 or None
         Counts of |x|, for `percentile`. None if it was not asked for.
+    drift : (K, K) float32 or None
+        Mean of (f - x) x^T, with f the same row in the float model. None if that was not given.
     """
 
     count: int
@@ -46,6 +48,7 @@ class Statistics:
     square: Floats
     hessian: Floats | None
     histogram: npt.NDArray[np.uint32] | None = None
+    drift: Floats | None = None
 
     def percentile(self, q: float) -> Floats:
         """A magnitude that q percent of each column's elements do not exceed.
@@ -98,14 +101,17 @@ class Observer:
         self._block = np.empty((_BLOCK, in_features), dtype=np.float32)
         self._filled = 0
         self._sums = _Sums(in_features, hessian, percentiles)
+        self._drift: npt.NDArray[np.float64] | None = None
 
-    def update(self, x: npt.NDArray[np.floating]) -> None:
+    def update(self, x: npt.NDArray[np.floating], original: npt.NDArray[np.floating] | None = None) -> None:
         """Take note of rows.
 
         Parameters
         ----------
         x : (M, K) float32
             Leading dimensions are flattened before: ``x.reshape(-1, K)``.
+        original : (M, K) float32, optional
+            What stands there in the float model; given for all rows or for none.
 
         Raises
         ------
@@ -124,6 +130,10 @@ class Observer:
                 self._name, problem, "check the calibration data, or leave the layers before this one float"
             )
         self._count += len(x)
+        if original is not None:
+            if self._drift is None:
+                self._drift = np.zeros((columns, columns))
+            self._drift += (original - x).T @ x
         start = 0
         while start < len(x):
             taken = min(_BLOCK - self._filled, len(x) - start)
@@ -144,7 +154,8 @@ class Observer:
         """
         if not self._count:
             raise InputError(self._name, "no rows, expected at least one", "give more calibration data")
-        return self._sums.statistics(self._block[: self._filled], self._count)
+        drift = None if self._drift is None else (self._drift / self._count).astype(np.float32)
+        return replace(self._sums.statistics(self._block[: self._filled], self._count), drift=drift)
 
 
 class _Sums:

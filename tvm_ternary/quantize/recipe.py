@@ -30,8 +30,6 @@ class Recipe:
         Passes of coordinate descent, each behind a solution for the scales; 0 leaves what the first pass chose.
     correct_inputs : float
         0 to 1: how far a matrix makes up for what quantizing those before it did to its inputs.
-    correct_bias : bool
-        Whether the mean of the output error is taken out of it, where a bias can carry that.
 
     Raises
     ------
@@ -45,7 +43,6 @@ class Recipe:
     damping: float = 0.01
     sweeps: int = 3
     correct_inputs: float = 0.5
-    correct_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.method != LEVELS and self.method not in METHODS:
