@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 import tvm_ternary as tt
 from tvm_ternary.analysis import accuracy
+from tvm_ternary.convert.job import quantize_model
 from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.evaluation.evaluate import evaluate
+from tvm_ternary.graph.source import import_model
 
 ROWS = np.random.default_rng(3).standard_normal((6, 10)).astype(np.float32)
 DATA = [{"x": ROWS[:4]}, {"x": ROWS[4:]}]
@@ -38,14 +42,39 @@ def test_outputs_are_those_of_the_libraries(folder: Path) -> None:
 
 
 def test_schemes_are_compiled_and_more_planes_are_nearer(folder: Path) -> None:
-    found = evaluate(folder / "mlp.onnx", folder / "mlp-t2.so", scheme=["t1a8", "t4a8"], data=DATA, threads=1)
+    everywhere = {"edges": "same", "output_layer": "same"}
+    rival = folder / "mlp-t2.so"
+    found = evaluate(folder / "mlp.onnx", rival, scheme=["t1a8", "t4a8"], data=DATA, options=everywhere, threads=1)
     assert [candidate.name for candidate in found.candidates] == [str(folder / "mlp-t2.so"), "t1a8", "t4a8"]
     two, one, four = (c.outputs[0].closeness.relative_error for c in found.candidates if c.outputs[0].closeness)
     assert one > two > four > 0
     assert all(bits is not None for bits in (c.bits_per_weight for c in found.candidates))
-    assert found.candidates[1].layers[0].scheme == "t1a8"
-    stages = list(found.seconds)
-    assert stages[:2] == ["compile the float model", f"compile {folder / 'mlp-t2.so'}"]
+    assert list(found.seconds) == [
+        "compile the float model",
+        f"compile {rival}",
+        *("quantize to t1a8", "compile t1a8", "quantize to t4a8", "compile t4a8"),
+        "compare outputs",
+        "compare matrices",
+    ]
+    assert [layer.scheme for layer in found.candidates[1].layers] == ["t1a8", "t1a8"]
+    # A library tells only what it was made with.
+    assert found.candidates[0].layers[0].output_error is None
+
+
+def test_matrices_are_compared_for_the_inputs_they_have(folder: Path, tmp_path: Path) -> None:
+    made = quantize_model(folder / "mlp.onnx", tmp_path / "made", scheme="t2a8").path
+    assert made is not None
+    (candidate,) = evaluate(folder / "mlp.onnx", made, data=DATA, threads=1).candidates
+    model = onnx.load(folder / "mlp.onnx")
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    first, second = candidate.layers
+    ternary = {name: tensor.dequantize() for name, tensor in import_model(made).ternary.items()}
+    hidden = np.maximum(ROWS @ weights["layers.0.weight"].T + weights["layers.0.bias"], 0)
+    for layer, x in ((first, ROWS), (second, hidden)):
+        w, t = weights[layer.name], ternary[layer.name]
+        assert layer.weight_error == pytest.approx(accuracy.relative_error(w, t), rel=1e-4)
+        assert layer.output_error == pytest.approx(accuracy.relative_error(x @ w.T, x @ t.T), rel=1e-3)
+        assert layer.output_cosine == pytest.approx(accuracy.cosine(x @ w.T, x @ t.T), rel=1e-4)
 
 
 def test_bits_a_weight_are_those_of_the_file(folder: Path) -> None:

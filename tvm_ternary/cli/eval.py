@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, print_json, size_or_name
+from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, parse_value, print_json, size_or_name
 from tvm_ternary.errors import OptionError
 
 _DESCRIPTION = """\
@@ -42,10 +42,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("model", metavar="MODEL", help="the float model: .onnx, checkpoint folder, or its compiled .so")
     parser.add_argument("candidates", metavar="TERNARY", nargs="*", help="quantized folders or compiled .so files")
     parser.add_argument(
-        "--scheme", metavar="SCHEME", action="append", default=[], help="compile MODEL with it too; may be repeated"
+        "--scheme", metavar="SCHEME", action="append", default=[], help="quantize MODEL to it too; may be repeated"
     )
-    parser.add_argument("--layers", metavar="PATTERN[=SCHEME]", action="append", help="for --scheme; as for 'compile'")
-    parser.add_argument("--method", help="for --scheme; as for 'compile'")
+    _add_quantization(parser)
     _add_data(parser)
     parser.add_argument(
         "--metric", metavar="FILE.py:FUNCTION", action="append", default=[], help="your measure; may be repeated"
@@ -69,6 +68,17 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Options of 'quantize' that --scheme goes with."""
+    options = {"--edges": "WHAT", "--output-layer": "WHAT", "--config": "FILE", "--method": "METHOD"}
+    group = parser.add_argument_group("for --scheme, as for 'quantize'")
+    group.add_argument("--layers", metavar="PATTERN[=SCHEME]", action="append")
+    for option, metavar in options.items():
+        group.add_argument(option, metavar=metavar)
+    group.add_argument("--recipe", metavar="OPTION=VALUE", action="append")
+    group.add_argument("--calibration", metavar="DATA")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -121,10 +131,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise OptionError("--seed", f"is {args.seed}; expected a whole number")
     dims = parse_pairs("--dim", args.dim, "batch=1")
     constants = parse_pairs("--constant", args.constant, "sr=16000")
-    of_schemes = {"layers": args.layers, "method": args.method}
-    given = {name: value for name, value in of_schemes.items() if value is not None}
-    if given and not args.scheme:
-        raise OptionError(f"--{next(iter(given))}", "is for --scheme, which is not given", "leave it out")
     same = (
         "scheme",
         "target",
@@ -142,5 +148,20 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in same},
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: constant(name, text) for name, text in constants.items()},
-        "options": given,
+        "options": _quantization(args),
     }
+
+
+def _quantization(args: argparse.Namespace) -> dict[str, Any]:
+    """What `tvm_ternary.quantize_model` takes by keyword."""
+    names = ("layers", "edges", "output_layer", "config", "method", "recipe", "calibration")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given and not args.scheme:
+        option = next(iter(given)).replace("_", "-")
+        raise OptionError(f"--{option}", "is for --scheme, which is not given", "leave it out")
+    pairs = parse_pairs("--recipe", given.pop("recipe", []), "damping=0.02")
+    recipe: dict[str, Any] = {name: parse_value(text) for name, text in pairs.items()}
+    recipe |= {"method": given.pop("method")} if "method" in given else {}
+    if "calibration" in given:
+        given |= {name: getattr(args, name) for name in ("tokenizer", "length", "seed")}
+    return {**given, **({"recipe": recipe} if recipe else {})}

@@ -6,15 +6,17 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tvm_ternary.analysis.quality import Candidate, Evaluation, LayerQuality, MetricValue, OutputQuality
 from tvm_ternary.errors import OptionError
 from tvm_ternary.evaluation.data import find_samples
+from tvm_ternary.evaluation.layers import MatrixErrors, observe_matrices
 from tvm_ternary.evaluation.logits import find_logits
 from tvm_ternary.evaluation.metric import Metric, compare, load_metric
-from tvm_ternary.evaluation.models import Arrays, Runner, Source, Workshop, is_library, require_same_signature
+from tvm_ternary.evaluation.models import Arrays, Rival, Runner, Source, Workshop, is_library, require_same_signature
 from tvm_ternary.evaluation.outputs import OutputComparison
 from tvm_ternary.evaluation.stages import Progress, Stages
 from tvm_ternary.formats import Scheme
@@ -55,7 +57,7 @@ def evaluate(
     quantized : path or sequence of paths, optional
         Models with ternary weights that were made from it: what `tvm_ternary.compile` takes, or libraries.
     scheme : str or sequence of str, optional
-        Schemes to compile the model with; one at least of these and ``quantized`` must be given.
+        Schemes to quantize the model to; one at least of these and ``quantized`` must be given.
     target, device, threads
         What all are compiled for, and where they run; as in `tvm_ternary.compile` and `tvm_ternary.load`.
     data : path or iterable of mappings, optional
@@ -76,7 +78,7 @@ def evaluate(
     dims, constants : mapping, optional
         As in `tvm_ternary.compile`, for all models alike.
     options : mapping, optional
-        Further options of `tvm_ternary.compile` for ``scheme``: ``layers``, ``method``.
+        Further options of `tvm_ternary.quantize_model` for ``scheme``: ``layers``, ``recipe``, ``calibration``.
     progress : callable, optional
         Told of each stage.
 
@@ -93,25 +95,26 @@ def evaluate(
     TernaryError
         As `tvm_ternary.compile` and `tvm_ternary.load`.
     """
-    wanted = _wanted(model, quantized, scheme, options or {})
+    wanted = _wanted(model, quantized, scheme)
     metrics = _metrics(metric)
     stages = Stages(progress)
-    shared = {key: value for key, value in (("dims", dims), ("constants", constants)) if value is not None}
     with tempfile.TemporaryDirectory(prefix="tvm-ternary-eval-") as folder:
-        workshop = Workshop(Path(folder), target, device, threads, shared)
+        workshop = Workshop(Path(folder), target, device, threads, dims or {}, constants or {})
         with stages.stage("compile the float model"):
-            reference = workshop.open("float", model, layers=(), embeddings="float")
+            reference = workshop.open_float(model)
         found = find_samples(reference, model, data, samples, length, seed, tokenizer)
-        rivals = []
-        for name, source, extra in wanted:
-            with stages.stage(f"compile {name}"):
-                rivals.append(workshop.open(name, source, **extra))
-            require_same_signature(reference, rivals[-1])
-    with stages.stage("compare outputs", len(found.samples)) as step:
-        keep = any(one.wants_outputs for one in metrics)
-        comparisons, kept = _compare_outputs(reference, rivals, found.samples, logits, seed, keep, step)
-    with stages.stage("measure", len(metrics) * (1 + len(rivals))) as step:
-        measured = _measure(metrics, [reference, *rivals], found.samples, kept, step)
+        rivals = _open_rivals(workshop, reference, model, wanted, options or {}, stages)
+        runners = [rival.runner for rival in rivals]
+        with stages.stage("compare outputs", len(found.samples)) as step:
+            keep = any(one.wants_outputs for one in metrics)
+            comparisons, kept = _compare_outputs(reference, runners, found.samples, logits, seed, keep, step)
+        with stages.stage("measure", len(metrics) * (1 + len(rivals))) as step:
+            measured = _measure(metrics, [reference, *runners], found.samples, kept, step)
+        matrices: list[dict[str, MatrixErrors]] = [{} for _ in rivals]
+        if any(rival.weights for rival in rivals) and not is_library(model):
+            with stages.stage("compare matrices"):
+                imported = workshop.import_float(model)
+                matrices = observe_matrices(imported, found.samples, [rival.weights for rival in rivals])
     return Evaluation(
         model=os.fspath(model),
         data=found.description,
@@ -120,10 +123,7 @@ def evaluate(
         device=reference.module.device,
         threads=reference.module.threads,
         weight_bytes=reference.manifest.sizes.weights_after,
-        candidates=tuple(
-            _candidate(rival, outputs, values)
-            for rival, outputs, values in zip(rivals, comparisons, measured, strict=True)
-        ),
+        candidates=tuple(_candidate(*parts) for parts in zip(runners, matrices, comparisons, measured, strict=True)),
         seconds=stages.seconds,
     )
 
@@ -132,9 +132,8 @@ def _wanted(
     model: Source,
     quantized: Source | Sequence[Source] | None,
     scheme: str | Sequence[str] | None,
-    options: Mapping[str, Any],
-) -> list[tuple[str, Source, dict[str, Any]]]:
-    """Name, source and options of each model to compare."""
+) -> list[tuple[str, Source | None]]:
+    """Name and source of each model to compare; None for a scheme that the float model is to be quantized to."""
     paths = [] if quantized is None else [quantized] if isinstance(quantized, str | os.PathLike) else list(quantized)
     schemes = [] if scheme is None else [scheme] if isinstance(scheme, str) else list(scheme)
     if not paths and not schemes:
@@ -145,8 +144,28 @@ def _wanted(
         raise OptionError(f"scheme {schemes[0]}", problem, "give the model that it was compiled from")
     for name in schemes:
         Scheme.parse(name)
-    wanted: list[tuple[str, Source, dict[str, Any]]] = [(os.fspath(path), path, {}) for path in paths]
-    return wanted + [(name, model, {"scheme": name, **options}) for name in schemes]
+    return [*((os.fspath(path), path) for path in paths), *((name, None) for name in schemes)]
+
+
+def _open_rivals(
+    workshop: Workshop,
+    reference: Runner,
+    model: Source,
+    wanted: Sequence[tuple[str, Source | None]],
+    options: Mapping[str, Any],
+    stages: Stages,
+) -> list[Rival]:
+    """Quantize where that is to be done, compile and load."""
+    rivals = []
+    for name, given in wanted:
+        source = given
+        if source is None:
+            with stages.stage(f"quantize to {name}"):
+                source = workshop.quantize(model, name, options)
+        with stages.stage(f"compile {name}"):
+            rivals.append(workshop.open_rival(name, source))
+        require_same_signature(reference, rivals[-1].runner)
+    return rivals
 
 
 def _metrics(metric: Measure | Sequence[Measure]) -> list[Metric]:
@@ -203,9 +222,22 @@ def _measure(
     return values
 
 
-def _candidate(runner: Runner, outputs: tuple[OutputQuality, ...], metrics: tuple[MetricValue, ...]) -> Candidate:
+def _candidate(
+    runner: Runner,
+    matrices: Mapping[str, MatrixErrors],
+    outputs: tuple[OutputQuality, ...],
+    metrics: tuple[MetricValue, ...],
+) -> Candidate:
     layers = tuple(
-        LayerQuality(one.name, one.shape, one.became, one.scheme, one.bits_per_weight, one.reason, one.error)
+        LayerQuality(
+            one.name,
+            one.shape,
+            one.became,
+            one.scheme,
+            one.bits_per_weight,
+            one.reason,
+            **(asdict(matrices[one.name]) if one.name in matrices else {"weight_error": one.error}),
+        )
         for one in runner.manifest.layers
     )
     sizes = [(math.prod(layer.shape), layer.bits_per_weight) for layer in layers if layer.scheme is not None]

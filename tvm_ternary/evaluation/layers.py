@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.analysis.accuracy import cosine, relative_error
+from tvm_ternary.convert.stream import calibrate
+from tvm_ternary.evaluation.models import Arrays
 from tvm_ternary.formats import TernaryTensor
+from tvm_ternary.graph.importer import ImportedModel
 
+Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -55,6 +60,47 @@ def matrix_errors(weight: Floats, ternary: TernaryTensor, hessian: Floats | None
     output_error = math.sqrt(error / norm) if norm > 0 else math.inf
     output_cosine = min(max((norm + across) / length, -1.0), 1.0) if length else 0.0
     return MatrixErrors(errors.weight_error, errors.weight_cosine, output_error, output_cosine)
+
+
+def observe_matrices(
+    model: ImportedModel,
+    samples: Sequence[Arrays],
+    rivals: Sequence[Mapping[str, TernaryTensor]],
+    progress: Progress | None = None,
+) -> list[dict[str, MatrixErrors]]:
+    """Run the float model once and compare each matrix, for the inputs that it has there.
+
+    Parameters
+    ----------
+    model : ImportedModel
+        The float model.
+    samples : sequence of mappings of str to array
+    rivals : sequence of mappings of str to TernaryTensor
+        The ternary matrices of each model that is compared, by the names that the float model has for them.
+    progress : callable, optional
+        Told of each segment.
+
+    Returns
+    -------
+    list of dict of str to MatrixErrors
+        For each of ``rivals``. A matrix that no sample reaches is compared by its weights alone.
+    """
+    found: list[dict[str, MatrixErrors]] = [{} for _ in rivals]
+
+    def compare(names: Sequence[str], hessian: Floats | None) -> dict[str, npt.NDArray[np.float32]]:
+        weights = {name: model.params[name] for name in names}
+        for errors, ternary in zip(found, rivals, strict=True):
+            for name, weight in weights.items():
+                if name in ternary:
+                    errors[name] = matrix_errors(weight.T, ternary[name], hessian)
+        return weights
+
+    wanted = [name for name in model.shapes if any(name in ternary for ternary in rivals)]
+    if not wanted:
+        return found
+    calibrate(model, samples, lambda names, seen: compare(names, seen.hessian), wanted=wanted, progress=progress)
+    compare([name for name in wanted if not any(name in errors for errors in found)], None)
+    return found
 
 
 def _dot(a: Floats, b: Floats) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,12 @@ from typing import Any
 import numpy.typing as npt
 
 from tvm_ternary import compiler
+from tvm_ternary.convert.job import quantize_model
 from tvm_ternary.errors import InputError
+from tvm_ternary.formats import Scheme, TernaryTensor
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.quantized import is_quantized, read_config
+from tvm_ternary.graph.source import import_model
 from tvm_ternary.runtime.manifest import Manifest, TensorSpec
 from tvm_ternary.runtime.module import Module, load
 
@@ -61,6 +67,14 @@ class Runner:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A model with ternary weights, loaded, and its ternary matrices by name; none where only a library is at hand."""
+
+    runner: Runner
+    weights: Mapping[str, TernaryTensor]
+
+
+@dataclass(frozen=True)
 class Workshop:
     """Where and for what models are compiled.
 
@@ -74,18 +88,19 @@ class Workshop:
         As `tvm_ternary.load` takes it.
     threads : int, optional
         As `tvm_ternary.load` takes it.
-    shared : mapping
-        Options of `tvm_ternary.compile` for the float model and the others alike: ``dims``, ``constants``.
+    dims, constants : mapping
+        As `tvm_ternary.compile` takes them, for all models alike.
     """
 
     folder: Path
     target: str | Mapping[str, Any]
     device: str | None
     threads: int | None
-    shared: Mapping[str, Any]
+    dims: Mapping[str, int | str]
+    constants: Mapping[str, Any]
 
-    def open(self, name: str, model: Source, **options: Any) -> Runner:
-        """Compile a model, unless it is a library already, and load it.
+    def open_float(self, model: Source) -> Runner:
+        """Compile a model as it is, unless it is a library already, and load it.
 
         Raises
         ------
@@ -93,10 +108,65 @@ class Workshop:
             As `tvm_ternary.compile` and `tvm_ternary.load`.
         """
         if is_library(model):
-            return Runner(name, load(model, self.device, self.threads))
-        path = self.folder / f"{len(list(self.folder.glob('*.so')))}.so"
-        compiler.compile(Path(model), path, target=self.target, **self.shared, **options)
-        return Runner(name, load(path, self.device, self.threads))
+            return Runner("float", load(model, self.device, self.threads))
+        path = self.folder / "float.so"
+        fixed: dict[str, Any] = {"dims": self.dims, "constants": self.constants}
+        compiler.compile(Path(model), path, target=self.target, layers=(), embeddings="float", **fixed)
+        return Runner("float", load(path, self.device, self.threads))
+
+    def import_float(self, model: Source) -> ImportedModel:
+        """Import what `open_float` compiles."""
+        return import_model(Path(model), self.dims, self.constants)
+
+    def open_rival(self, name: str, model: Source) -> Rival:
+        """Compile a quantized folder, unless it is a library already, and load it.
+
+        Raises
+        ------
+        TernaryError
+            As `tvm_ternary.compile` and `tvm_ternary.load`.
+        """
+        if is_library(model):
+            return Rival(Runner(name, load(model, self.device, self.threads)), {})
+        source = Path(model)
+        path = self._free(".so")
+        imported = import_model(source)
+        # What was fixed when it was quantized is there no more.
+        open_dims = {dim for spec in imported.inputs for dim in spec.shape}
+        dims = {dim: size for dim, size in self.dims.items() if dim in open_dims}
+        names = {spec.name for spec in imported.inputs}
+        constants = {key: value for key, value in self.constants.items() if key in names}
+        schemes, embeddings = _schemes(source, imported)
+        # Exactly what the folder says: what stayed float in it stays so.
+        layers = {f"^{re.escape(name)}$": str(scheme) for name, scheme in schemes.items()}
+        options: dict[str, Any] = {"layers": layers, "embeddings": embeddings, "dims": dims, "constants": constants}
+        compiler.compile(source, path, target=self.target, **options)
+        return Rival(Runner(name, load(path, self.device, self.threads)), imported.ternary)
+
+    def quantize(self, model: Source, scheme: str, options: Mapping[str, Any]) -> Path:
+        """Quantize a model; give the folder.
+
+        Raises
+        ------
+        TernaryError
+            As `tvm_ternary.quantize_model`.
+        """
+        folder = self._free("")
+        given = {"dims": self.dims, "constants": self.constants, **options}
+        quantize_model(Path(model), folder, scheme=scheme, **given)
+        return folder
+
+    def _free(self, suffix: str) -> Path:
+        return self.folder / f"{len(list(self.folder.iterdir()))}{suffix}"
+
+
+def _schemes(source: Path, imported: ImportedModel) -> tuple[Mapping[str, Scheme], str]:
+    """The scheme of each ternary matrix of a model, and what its tables become."""
+    if is_quantized(source):
+        config = read_config(source)[1]
+        return config.schemes, config.embeddings
+    kinds = {name: imported.ternary[name] for name in imported.ternary}
+    return {name: Scheme(kind.num_planes, 8, kind.granularity) for name, kind in kinds.items()}, "int8"
 
 
 def is_library(model: Source) -> bool:

@@ -30,7 +30,8 @@ class Stages:
 
         self._tell(name, 0, steps)
         yield step
-        self.seconds[name] = time.perf_counter() - started
+        if steps:
+            self.seconds[name] = time.perf_counter() - started
         if done < steps:
             self._tell(name, steps, steps)
 
