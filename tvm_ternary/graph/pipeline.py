@@ -1,6 +1,7 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   tables become parameters as matrices are, planned matrices become calls to ternary kernels
+1 ternarize   tables become parameters as matrices are, inputs are transformed for matrices that want it, planned
+              matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        every other operator becomes TensorIR, element-wise chains are merged; on a GPU moves too
 4 schedule    every function that is not scheduled yet gets a schedule for the target
@@ -8,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from tvm import relax
 
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import atomic_path
-from tvm_ternary.graph.fuse import lower_graph_ops
+from tvm_ternary.graph.fuse import SCHEDULED, lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
+from tvm_ternary.graph.passes.transform_inputs import transform_inputs
 from tvm_ternary.schedule import cpu
 from tvm_ternary.schedule.cuda import graph as cuda
 from tvm_ternary.schedule.records import TuningLog
@@ -70,6 +72,9 @@ def lower(
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
+    transforms = {name: layer.transform for name, layer in layers.items() if layer.transform is not None}
+    module = transform_inputs(module, transforms, target)
+    rotations = [name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False)]
     ternary = ternarize(module, params, layers, target, logs)
     dump("ternarize", ternary.module)
     module = _bind(ternary) if bind_weights else ternary.module
@@ -81,9 +86,14 @@ def lower(
     rules = cuda if target.kind == "cuda" else cpu
     module, schedules = rules.schedule_module(module, tvm.target.Target(target.tvm))
     dump("schedule", module)
-    names = {var.name_hint for var, func in module.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
-    ours = {name: ternary.sources.get(name, "rule:activations") for name in ternary.kernels}
-    return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(names)})
+    ours = {name: ternary.sources.get(name, "rule:activations") for name in (*rotations, *ternary.kernels)}
+    return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(dict(_functions(module)))})
+
+
+def _functions(module: tvm.IRModule) -> Iterator[tuple[str, tvm.tirx.PrimFunc]]:
+    for var, function in module.functions_items():
+        if isinstance(function, tvm.tirx.PrimFunc):
+            yield var.name_hint, function
 
 
 def _bind(ternary: TernaryModule) -> tvm.IRModule:

@@ -122,7 +122,8 @@ class _Rewriter(relax.PyExprMutator):
 
     def run(self) -> tvm.IRModule:
         main = self.visit_expr(self.module["main"])
-        result = self.builder_.get()
+        # The builder still holds the module that it was given.
+        result = self.builder_.get().clone()
         result[result.get_global_var("main")] = main
         return result
 

@@ -37,7 +37,8 @@ def read_through(mod: IRModule) -> IRModule:
     """
     merger = _Merger(mod)
     main = merger.visit_expr(mod["main"])
-    result = merger.builder_.get()
+    # The builder still holds the module that it was given.
+    result = merger.builder_.get().clone()
     result[result.get_global_var("main")] = main
     return relax.transform.DeadCodeElimination()(result)
 

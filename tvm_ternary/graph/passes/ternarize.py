@@ -24,6 +24,7 @@ from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import TernaryKernel
 from tvm_ternary.quantize.plan import packed_bits
+from tvm_ternary.quantize.transform import InputTransform
 from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
@@ -31,12 +32,16 @@ from tvm_ternary.target import Target
 
 @dataclass(frozen=True)
 class TernaryLayer:
-    """A quantized matrix, the bits of the activations that it is to be multiplied by, and how its trits are packed."""
+    """A quantized matrix, the bits of the activations that it is to be multiplied by, and how its trits are packed.
+
+    With a ``transform`` the matrix is for inputs that `transform_inputs` has transformed.
+    """
 
     weight: TernaryTensor
     activation_bits: int
     packing: str = "fast"
     bfloat: bool = False
+    transform: InputTransform | None = None
 
     @property
     def code(self) -> dispatch.Layer:
