@@ -54,6 +54,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and of how many."""
 
 DEFAULT_SCHEME = "t3a8g64"
+DEFAULT_METHOD = "twn"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def compile(
     target: str | Mapping[str, Any] = "native",
     scheme: str | None = None,
     layers: str | Sequence[str] | Mapping[str, str] | None = None,
-    method: str = "twn",
+    method: str | None = None,
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     packing: str = "fast",
@@ -122,8 +123,9 @@ def compile(
         Which matrices become ternary: ``all``, ``attention``, ``ffn`` or regular expressions over their names, each
         perhaps with a scheme of its own (``"query|key=t3a8g64"``). The others stay float. By default all; of a
         quantized checkpoint those that are ternary.
-    method : str
-        How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`.
+    method : str, optional
+        How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`; by default ``twn``. Where the model is
+        quantized first, the method of `Recipe`.
     dims : mapping, optional
         Values of symbolic dimensions, or the name of another one that a dimension equals; the others stay dynamic.
     constants : mapping, optional
@@ -169,7 +171,6 @@ def compile(
     require_writable(destination)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise OutputError(str(output), "is the model itself", "choose another name")
-    find_method(method)
     if embeddings is not None:
         require_embeddings(embeddings)
     # Code for several GPUs is written, and was tuned, for the oldest.
@@ -185,7 +186,9 @@ def compile(
         "edges": edges,
         "output_layer": output_layer,
     }
-    first = _quantize_options(fitting, scheme, layers, stages.progress)
+    first = _quantize_options(fitting, scheme, layers, method, stages.progress)
+    if not first:
+        find_method(method or DEFAULT_METHOD)
     with quantized_first(source, destination, first, dims, constants) as (ready, free, fixed):
         with stages.stage("import"):
             imported = import_model(ready, free, fixed)
@@ -201,7 +204,7 @@ def compile(
             for own in (row.scheme for row in plan if row.scheme is not None):
                 require_device(own.activation_bits, resolved.kind, packing)
         with stages.stage("quantize", sum(row.scheme is not None for row in plan)) as step:
-            quantized, errors = _quantize(imported, plan, method, packing, step)
+            quantized, errors = _quantize(imported, plan, method or DEFAULT_METHOD, packing, step)
             if settled is not None:
                 errors |= {name: result["error"] for name, result in settled.results.items() if name in errors}
             chosen = embeddings or (settled.embeddings if settled is not None else "int8")
@@ -211,7 +214,7 @@ def compile(
             size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
             size += sum(_bytes(table) for table in tables.tables.values())
             beside = weights_lie_beside(size, weights)
-            changed = replace(imported, module=tables.module, tables=tables.tables)
+            changed = replace(imported, module=tables.module, tables=tables.tables, params=_rest(imported, quantized))
             lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
     graph = resolved.kind == "cuda" and is_static(lowered.module)
     with stages.stage("build"):
@@ -239,13 +242,16 @@ def _quantize_options(
     fitting: dict[str, Any],
     scheme: str | None,
     layers: str | Sequence[str] | Mapping[str, str] | None,
+    method: str | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Arguments of `quantize_model`; none where matrices are fitted one by one to their weights."""
     if all(fitting[name] is None for name in ("calibration", "recipe", "edges", "output_layer")):
         return {}
     places = {name: fitting[name] or "same" for name in ("edges", "output_layer")}
-    return {**fitting, **places, "scheme": scheme or DEFAULT_SCHEME, "layers": layers, "progress": progress}
+    recipe = {**(fitting["recipe"] or {}), **({} if method is None else {"method": method})}
+    chosen = {"scheme": scheme or DEFAULT_SCHEME, "layers": layers, "recipe": recipe, "progress": progress}
+    return {**fitting, **places, **chosen}
 
 
 def _quantize(
@@ -265,6 +271,15 @@ def _quantize(
         layers[row.name] = TernaryLayer(weight, row.scheme.activation_bits, packing, row.scheme.bfloat)
         step()
     return layers, errors
+
+
+def _rest(imported: ImportedModel, quantized: Mapping[str, TernaryLayer]) -> dict[str, npt.NDArray[Any]]:
+    """All matrices, without the float elements of those that are ternary now."""
+    nothing = np.float32(0)
+    return {
+        name: np.broadcast_to(nothing, (k, n)) if name in quantized else imported.params[name]
+        for name, (n, k) in imported.shapes.items()
+    }
 
 
 def _as_it_is(stored: TernaryTensor, scheme: Scheme) -> tuple[TernaryTensor, float]:

@@ -97,7 +97,7 @@ def test_help_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "native (this CPU)" in text
     assert all(", ".join(names) in text for names in (cpu_names(), cuda_names()))
     assert f"methods   {', '.join(sorted(METHODS))}:" in text
-    assert f"what matrices become (default: {DEFAULT_SCHEME})" in text
+    assert f"what matrices become (default: {DEFAULT_SCHEME};" in text
     assert "examples:\n  tvm-ternary compile model.onnx -o model.so\n" in text
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import tvm_ternary
 from tvm_ternary.cli.options import add_json, add_verb, constant, parse_pairs, print_json, size_or_name
+from tvm_ternary.cli.quantize import add_fitting, fitting
 from tvm_ternary.target.cpu import cpu_names
 from tvm_ternary.target.cuda import cuda_names
 
@@ -37,6 +38,7 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --target x86-64-v3 --weights beside
   tvm-ternary compile model.onnx -o model.so --target cuda-sm_90 --scheme t2a16g64 --dim batch=1 --dim sequence=128
   tvm-ternary compile model.onnx -o model.so --tuning-log my-tuning
+  tvm-ternary compile checkpoint/ -o model.so --scheme t2a8g64 --calibration texts.txt
   tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
 """
 
@@ -45,11 +47,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add the verb and its options."""
     parser = add_verb(verbs, "compile", "compile a model to a .so with ternary weights", _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
-        "model", metavar="MODEL", help="an .onnx file, or a checkpoint folder (config.json, *.safetensors)"
+        "model",
+        metavar="MODEL",
+        help="an .onnx file, a checkpoint folder (config.json, *.safetensors), or one that 'quantize' wrote",
     )
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the .so to write; whole or not at all")
     parser.add_argument("--target", default="native", help="where it shall run (default: %(default)s)")
-    parser.add_argument("--scheme", help="what matrices become (default: t3a8g64)")
+    parser.add_argument(
+        "--scheme", help="what matrices become (default: t3a8g64; a quantized checkpoint's are what they are)"
+    )
     parser.add_argument(
         "--layers",
         metavar="PATTERN[=SCHEME]",
@@ -57,7 +63,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="which matrices: all (default), attention, ffn, or a regular expression searched in their names, perhaps "
         "with a scheme of its own; may be repeated, the first that matches counts; the others stay float",
     )
-    parser.add_argument("--method", default="twn", help="how one plane is fitted (default: %(default)s)")
+    parser.add_argument("--method", help="how one plane is fitted (default: twn)")
     parser.add_argument(
         "--dim",
         metavar="NAME=VALUE",
@@ -76,8 +82,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--embeddings",
         choices=("int8", "float"),
-        default="int8",
-        help="what tables that are read by rows become (default: %(default)s, with a scale a row)",
+        help="what tables that are read by rows become (default: int8, with a scale a row)",
     )
     parser.add_argument(
         "--weights",
@@ -90,6 +95,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="DIR",
         help="a folder that 'tvm-ternary tune' has written; its records win over the shipped ones",
     )
+    group = parser.add_argument_group(
+        "fitting",
+        "with any of --calibration, --recipe, --edges, --output-layer matrices are fitted as 'quantize' does it",
+    )
+    add_fitting(group, edges="same", output_layer="same")
     parser.add_argument("--dump-ir", metavar="DIR", help="write the program after every phase to this folder")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
     add_json(parser)
@@ -102,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     constants = parse_pairs("--constant", args.constant, "sr=16000")
     options: dict[str, Any] = {
         "target": args.target,
-        "layers": args.layers or "all",
+        "scheme": args.scheme,
+        "layers": args.layers,
         "method": args.method,
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: constant(name, text) for name, text in constants.items()},
@@ -111,9 +122,8 @@ def run(args: argparse.Namespace) -> int:
         "weights": args.weights,
         "tuning_log": args.tuning_log,
         "dump_ir": args.dump_ir,
+        **fitting(args),
     }
-    if args.scheme is not None:
-        options["scheme"] = args.scheme
 
     from tvm_ternary.cli.progress import show_progress
 

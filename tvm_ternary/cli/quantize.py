@@ -26,6 +26,8 @@ schemes   t2a8g64: 2 trit planes (t1 to t4), int8 activations (a8; a32, a16, abf
 policy    the first and the last block of layers matter most, and get four planes; the output layer stays float;
           embeddings become int8, a scale a row. --edges, --output-layer, --embeddings change that, and a regular
           expression of --layers wins over it
+mixed     --target-bpw 3.5 or --max-error 0.05 choose planes and group sizes matrix by matrix, by the output error that
+          each choice was measured to have; the table says why
 data      with --calibration, matrices are fitted to what they multiply rather than to their weights alone:
           FILE.npz or FILE.jsonl of the model's inputs, or text, a document a line, for a model with a tokenizer.json
 """
@@ -35,6 +37,7 @@ _EXAMPLES = """\
   tvm-ternary quantize checkpoint/ -o checkpoint-t2 --scheme t2a8g64 --calibration texts.txt --samples 128
   tvm-ternary quantize checkpoint/ -o OUT --layers ffn=t2a8g64 --layers 'query|key=t3a8g64'
   tvm-ternary quantize checkpoint/ -o OUT --edges same --output-layer same        every matrix at the scheme
+  tvm-ternary quantize checkpoint/ -o OUT --target-bpw 3.5 --calibration texts.txt
   tvm-ternary quantize checkpoint/ -o OUT --config layers.toml
   tvm-ternary compile checkpoint-t2 -o model.so
 
@@ -69,6 +72,19 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a quantized checkpoint")
     parser.add_argument("--no-resume", action="store_true", help="throw away what a killed job has finished")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="BITS",
+        help="choose planes and group sizes a matrix, for the least error with so many bits a weight on average",
+    )
+    budget.add_argument(
+        "--max-error",
+        type=float,
+        metavar="ERROR",
+        help="choose the fewest bits a matrix with at most this relative output error, float where nothing reaches it",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
     add_json(parser)
@@ -85,12 +101,19 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         help="which matrices: all (default), attention, ffn, or a regular expression searched in their names, perhaps "
         "with a scheme of its own; may be repeated, the first that matches counts; the others stay float",
     )
-    place = "float, same (as the others), planes alone (t4) or a scheme"
-    parser.add_argument("--edges", metavar="WHAT", help=f"the first and the last block: {place} (default: t4)")
-    parser.add_argument("--output-layer", metavar="WHAT", help=f"what follows the blocks: {place} (default: float)")
     parser.add_argument("--embeddings", metavar="WHAT", help="tables of embeddings: int8 (default) or float")
     parser.add_argument("--config", metavar="FILE", help="a TOML file of these options; those given here win")
     parser.add_argument("--method", help="how matrices are fitted (default: planes)")
+    add_fitting(parser, edges="t4", output_layer="float")
+
+
+def add_fitting(parser: argparse._ActionsContainer, *, edges: str, output_layer: str) -> None:
+    """Add the options of the fit that `compile` has, too."""
+    place = "float, same (as the others), planes alone (t4) or a scheme"
+    parser.add_argument("--edges", metavar="WHAT", help=f"the first and the last block: {place} (default: {edges})")
+    parser.add_argument(
+        "--output-layer", metavar="WHAT", help=f"what follows the blocks: {place} (default: {output_layer})"
+    )
     parser.add_argument(
         "--recipe",
         metavar="OPTION=VALUE",
@@ -107,12 +130,17 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 def quantization(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_quantization` parsed, as `tvm_ternary.quantize_model` takes it."""
-    recipe = {name: parse_value(text) for name, text in parse_pairs("--recipe", args.recipe, "damping=0.02").items()}
+    options = fitting(args)
     if args.method is not None:
-        recipe["method"] = args.method
-    names = ("scheme", "layers", "edges", "output_layer", "embeddings", "config")
-    data = ("calibration", "samples", "seed", "tokenizer", "length")
-    return {"recipe": recipe, **{name: getattr(args, name) for name in names + data}}
+        options["recipe"] = {**(options["recipe"] or {}), "method": args.method}
+    return {**options, **{name: getattr(args, name) for name in ("scheme", "layers", "embeddings", "config")}}
+
+
+def fitting(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_fitting` parsed, by the names of parameters; None for what was not given."""
+    recipe = {name: parse_value(text) for name, text in parse_pairs("--recipe", args.recipe, "damping=0.02").items()}
+    names = ("edges", "output_layer", "calibration", "samples", "seed", "tokenizer", "length")
+    return {"recipe": recipe or None, **{name: getattr(args, name) for name in names}}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         **quantization(args),
         "dims": {name: size_or_name("--dim", name, text) for name, text in dims.items()},
         "constants": {name: constant(name, text) for name, text in constants.items()},
+        "target_bpw": args.target_bpw,
+        "max_error": args.max_error,
         "overwrite": args.overwrite,
         "resume": not args.no_resume,
         "dry_run": args.dry_run,
