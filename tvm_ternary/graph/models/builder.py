@@ -307,9 +307,7 @@ class GraphBuilder:
 
     def rms_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
         """``name.weight`` times x over the root of its mean square, over the last axis."""
-        square = self.emit(R.mean(self.emit(R.multiply(x, x)), [-1], keepdims=True))
-        root = self.emit(R.sqrt(self.emit(R.add(square, relax.const(epsilon, "float32")))))
-        return self.emit(R.multiply(self.emit(R.divide(x, root)), relax.const(self.vector(f"{name}.weight", width))))
+        return self.emit(R.nn.rms_norm(x, relax.const(self.vector(f"{name}.weight", width)), [-1], epsilon))
 
     def activation(self, x: relax.Expr, name: str) -> relax.Var:
         """An activation function by the name that configurations give it.
