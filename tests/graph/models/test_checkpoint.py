@@ -80,8 +80,8 @@ class TestTensors:
             import_model(write(tmp_path, lambda arrays: arrays.pop(QUERY)))
 
     def test_without_a_use(self, tmp_path: Path) -> None:
-        head = {f"classifier.{part}": np.zeros((2, 24), np.float32) for part in ("weight", "bias")}
-        with pytest.raises(ModelError, match=r"classifier.*: is not used by this architecture.*and 1 more; export"):
+        head = {f"qa_outputs.{part}": np.zeros((2, 24), np.float32) for part in ("weight", "bias")}
+        with pytest.raises(ModelError, match=r"qa_outputs.*: is not used by this architecture.*and 1 more; export"):
             import_model(write(tmp_path, lambda arrays: arrays.update(head)))
 
     def test_buffers_are_harmless(self, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ Build = Callable[[Mapping[str, Any], Tensors], ImportedModel]
 ARCHITECTURES: dict[str, Build] = {
     "bert": bert.build,
     "bitnet": llama.build_bitnet,
+    "distilbert": bert.build_distilbert,
     "gpt2": gpt2.build,
     "llama": llama.build,
     "mistral": llama.build_mistral,

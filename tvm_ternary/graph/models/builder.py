@@ -6,7 +6,7 @@ parameter, on the right of a ``matmul``, with its bias, activation function and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tvm_ternary.errors import ModelError
 from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.formats.tensor_files import Tensors, TernaryTensors
 from tvm_ternary.graph.importer import ImportedModel, tensor_spec
+from tvm_ternary.graph.models.lazy import Lazy
 from tvm_ternary.graph.models.weights import floats
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -76,60 +77,8 @@ def build_model(
         embeddings={name: tuple(map(int, table.ty.shape.values)) for name, table in graph.tables.items()},
         others={},
         tables=dict(graph.tables),
-        ternary=graph.matrices.ternary,
+        ternary=graph.ternary,
     )
-
-
-class LazyMatrices(Mapping[str, npt.NDArray[np.float32]]):
-    """Matrices by name, (K, N) float32, each read when it is asked for and not kept.
-
-    Attributes
-    ----------
-    ternary : mapping of str to TernaryTensor
-        Those that are ternary in the checkpoint, (N, K); read when they are asked for, too.
-    """
-
-    def __init__(self) -> None:
-        self._readers: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-        self.ternary = _LazyTernary()
-
-    def add(self, name: str, read: Callable[[], npt.NDArray[np.float32]]) -> None:
-        """Say how a float matrix is read."""
-        self._readers[name] = read
-
-    def add_ternary(self, name: str, read: Callable[[], TernaryTensor]) -> None:
-        """Say how a ternary matrix is read."""
-        self.ternary.readers[name] = read
-        self._readers[name] = lambda: np.ascontiguousarray(read().dequantize().T)
-
-    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
-        return self._readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-
-class _LazyTernary(Mapping[str, TernaryTensor]):
-    def __init__(self) -> None:
-        self.readers: dict[str, Callable[[], TernaryTensor]] = {}
-
-    def __getitem__(self, name: str) -> TernaryTensor:
-        return self.readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
 
 
 class GraphBuilder:
@@ -142,8 +91,10 @@ class GraphBuilder:
     batch, sequence : tirx.Var
         The symbolic dimensions.
     inputs : dict of str to relax.Var
-    matrices : LazyMatrices
-        In the order of their first use.
+    matrices : Lazy
+        (K, N) float32, in the order of their first use.
+    ternary : Lazy
+        Those of them that are ternary in the checkpoint, (N, K).
     tables : dict of str to relax.Expr
         Tables that rows are gathered from.
     """
@@ -154,7 +105,8 @@ class GraphBuilder:
         self.batch, self.sequence = tirx.Var(BATCH, "int64"), tirx.Var(SEQUENCE, "int64")
         shape = relax.TensorType([self.batch, self.sequence], "int64")
         self.inputs = {name: relax.Var(name, shape) for name in inputs}
-        self.matrices = LazyMatrices()
+        self.matrices = Lazy[npt.NDArray[np.float32]]()
+        self.ternary = Lazy[TernaryTensor]()
         self.tables: dict[str, relax.Expr] = {}
         self._names = frozenset(tensors.names())
         self._used: set[str] = set()
@@ -218,18 +170,32 @@ class GraphBuilder:
                 # However the float checkpoint stored it, a ternary matrix is (N, K).
                 found = self.tensors.ternary
                 self.use(name, (n, k))
-                self.matrices.add_ternary(name, lambda: found[name])
+                self._add_ternary(name, lambda: found[name])
             elif ternary is not None:
-                self.matrices.add_ternary(name, ternary)
+                self._add_ternary(name, ternary)
             else:
                 self.use(name, (k, n) if transposed else (n, k))
                 self.matrices.add(name, lambda: self._read(name, transposed))
             self._parameters[name] = relax.Var(name, relax.TensorType([k, n], "float32"))
         return self._parameters[name]
 
+    def _add_ternary(self, name: str, read: Callable[[], TernaryTensor]) -> None:
+        self.ternary.add(name, read)
+        self.matrices.add(name, lambda: np.ascontiguousarray(read().dequantize().T))
+
     def _read(self, name: str, transposed: bool) -> npt.NDArray[np.float32]:
         array = floats(self.tensors, name)
         return np.ascontiguousarray(array if transposed else array.T)
+
+    def leave_out(self, *names: str) -> None:
+        """Note tensors that are known and not needed, where they are there."""
+        self._used.update(names)
+
+    def refuse_different(self, name: str, twin: str, *shape: int) -> None:
+        """Refuse a tensor that the configuration says is the same as another, and is not."""
+        if not np.array_equal(self.vector(name, *shape), self.vector(twin, *shape)):
+            problem = f"differs from {twin}, and config.json (tie_word_embeddings) says they are the same"
+            raise ModelError(self.tensors.where(name), problem, "set it to false if the model has both")
 
     def refuse_unused(self, harmless: Collection[str]) -> None:
         """Refuse a checkpoint with tensors that nothing used, for it is another model than its configuration says."""
@@ -279,10 +245,7 @@ class GraphBuilder:
         if not tied:
             return self.linear(x, name, rows, width)
         if self.has(name):
-            first, second = floats(self.tensors, self.use(name, (rows, width))), self.vector(table, rows, width)
-            if not np.array_equal(first, second):
-                problem = f"differs from {table}, and tie_word_embeddings in config.json says they are the same"
-                raise ModelError(self.tensors.where(name), problem, "set it to false if the model has both")
+            self.refuse_different(name, table, rows, width)
         return self.linear(x, table, rows, width)
 
     def table(self, name: str, rows: int, width: int) -> relax.Expr:
@@ -301,8 +264,9 @@ class GraphBuilder:
         return self.emit(R.take(self.table(name, rows, width), positions, 0, "clip"))
 
     def layer_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
-        """``name.weight`` and ``name.bias`` over the last axis."""
-        scale, shift = (relax.const(self.vector(f"{name}.{part}", width)) for part in ("weight", "bias"))
+        """``name.weight`` and ``name.bias`` over the last axis; old checkpoints call them ``gamma`` and ``beta``."""
+        parts = ("gamma", "beta") if self.has(f"{name}.gamma") else ("weight", "bias")
+        scale, shift = (relax.const(self.vector(f"{name}.{part}", width)) for part in parts)
         return self.emit(R.nn.layer_norm(x, scale, shift, [-1], epsilon))
 
     def rms_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
