@@ -19,6 +19,7 @@ from tvm_ternary.formats.quantization import CONFIG_KEY, QuantizationConfig
 from tvm_ternary.formats.quantized_tensors import FLOAT, QuantizedTensors
 from tvm_ternary.formats.tensor_files import Tensors, open_tensors
 from tvm_ternary.graph.importer import ImportedModel, OnnxGraph
+from tvm_ternary.graph.models.gguf import GGUF, open_gguf
 from tvm_ternary.graph.onnx.strip import locate_weights, only_ternary, strip_weights
 from tvm_ternary.graph.quantized import CONFIG, GRAPH, is_quantized, read_config
 
@@ -72,7 +73,7 @@ def write_folder(
         if (home / name).is_file():
             with atomic_path(folder / name) as path:
                 shutil.copyfile(home / name, path)
-    document = {**_own_config(home), CONFIG_KEY: config.to_dict()}
+    document = {**_own_config(source), CONFIG_KEY: config.to_dict()}
     with atomic_path(folder / CONFIG) as path:
         path.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
@@ -96,6 +97,8 @@ def _write_graph(
 
 def _float_tensors(source: Path) -> Tensors:
     """The tensors of the checkpoint a model came from, without what belongs to matrices that are ternary in it."""
+    if source.suffix == GGUF:
+        return open_gguf(source)[1]
     if is_quantized(source):
         return QuantizedTensors(CheckpointFolder(source), read_config(source)[1].schemes)
     tensors, quantization = open_tensors(source), _config_of(source).get(CONFIG_KEY)
@@ -141,13 +144,15 @@ class _Merged(Mapping[str, Tensor]):
         return sum(map(len, self._parts))
 
 
-def _own_config(home: Path) -> dict[str, Any]:
-    """The keys of the model's own ``config.json``; a model of ONNX need not have one."""
-    return {key: value for key, value in _config_of(home).items() if key != CONFIG_KEY}
+def _own_config(source: Path) -> dict[str, Any]:
+    """The keys of the model's own ``config.json``; a model of ONNX need not have one, a GGUF file says the same."""
+    if source.suffix == GGUF:
+        return open_gguf(source)[0]
+    return {key: value for key, value in _config_of(source).items() if key != CONFIG_KEY}
 
 
-def _config_of(home: Path) -> dict[str, Any]:
-    path = home / CONFIG
+def _config_of(source: Path) -> dict[str, Any]:
+    path = (source if source.is_dir() else source.parent) / CONFIG
     if not path.is_file():
         return {}
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_ternary.formats.tensor_files import checkpoint_files
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.models.checkpoint import import_checkpoint
-from tvm_ternary.graph.models.gguf import import_gguf
+from tvm_ternary.graph.models.gguf import GGUF, import_gguf
 from tvm_ternary.graph.models.settings import FILE
 from tvm_ternary.graph.passes.fix_inputs import fix_inputs
 from tvm_ternary.graph.quantized import GRAPH, import_quantized, is_quantized
@@ -52,7 +52,7 @@ def import_model(
         if is_quantized(path):
             return import_quantized(path, dims, constants)
         return fix_inputs(import_checkpoint(path), dims, constants)
-    if path.suffix == ".gguf":
+    if path.suffix == GGUF:
         return fix_inputs(import_gguf(path), dims, constants)
     return import_onnx(path, dims, constants)
 

@@ -21,6 +21,9 @@ from tvm_ternary.formats.tensor_files import TernaryTensors
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.models import find_architecture
 
+GGUF = ".gguf"
+"""How the names of such files end."""
+
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "qwen2": {"model_type": "qwen2"},
