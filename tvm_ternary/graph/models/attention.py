@@ -28,15 +28,20 @@ def causal_mask(graph: GraphBuilder, attention_mask: relax.Expr, window: int | N
     window : int, optional
         How many positions a query sees, its own included; None for all before it.
     """
-    positions = graph.emit(R.arange(0, graph.sequence, 1, "int64"))
-    query = graph.reshape(positions, graph.sequence, 1)
-    seen = graph.emit(R.less_equal(positions, query))
+    positions, query, seen = not_later(graph)
     if window is not None:
         near = graph.emit(R.greater(positions, graph.emit(R.subtract(query, relax.const(window, "int64")))))
         seen = graph.emit(R.logical_and(seen, near))
     keys = graph.reshape(attention_mask, graph.batch, 1, 1, graph.sequence)
     seen = graph.emit(R.logical_and(graph.emit(R.not_equal(keys, relax.const(0, "int64"))), seen))
     return _additive(graph, seen)
+
+
+def not_later(graph: GraphBuilder) -> tuple[relax.Var, relax.Var, relax.Var]:
+    """Positions (sequence,), the same as a column, and whether each of a row is at most that of the column."""
+    positions = graph.emit(R.arange(0, graph.sequence, 1, "int64"))
+    column = graph.reshape(positions, graph.sequence, 1)
+    return positions, column, graph.emit(R.less_equal(positions, column))
 
 
 def _additive(graph: GraphBuilder, seen: relax.Expr) -> relax.Var:

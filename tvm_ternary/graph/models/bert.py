@@ -19,7 +19,7 @@ from tvm_ternary.errors import ModelError
 from tvm_ternary.formats.tensor_files import Tensors
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.models import bert_heads
-from tvm_ternary.graph.models.attention import attend, padding_mask, split_heads
+from tvm_ternary.graph.models.attention import attend, not_later, padding_mask, split_heads
 from tvm_ternary.graph.models.builder import SEQUENCE, GraphBuilder, build_model
 from tvm_ternary.graph.models.settings import FILE, Settings
 
@@ -162,8 +162,12 @@ class Encoder:
         if self.padding is None:
             return graph.first_rows(name, self.positions, self.width)
         padding = relax.const(self.padding, "int64")
-        token = graph.emit(R.astype(graph.emit(R.not_equal(graph.inputs[IDS], padding)), "int64"))
-        count = graph.emit(R.multiply(graph.emit(R.cumsum(token, 1)), token))
+        token = graph.emit(R.not_equal(graph.inputs[IDS], padding))
+        # A cumulative sum as sums, for which there are schedules everywhere.
+        *_, before = not_later(graph)
+        counted = graph.emit(R.logical_and(graph.reshape(token, graph.batch, 1, graph.sequence), before))
+        count = graph.emit(R.sum(graph.emit(R.astype(counted, "int64")), -1))
+        count = graph.emit(R.multiply(count, graph.emit(R.astype(token, "int64"))))
         return graph.embedding(graph.emit(R.add(count, padding)), name, self.positions, self.width)
 
     def _attention(self, graph: GraphBuilder, x: relax.Var, mask: relax.Var, name: str) -> relax.Var:
