@@ -113,20 +113,6 @@ def test_killed_in_the_middle_it_goes_on_and_gives_equal_bytes(deep: Path, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_two_at_once_do_not_mix(deep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = subprocess.Popen(command("quantize", deep, "-o", out, "--quiet"))
-    try:
-        while process.poll() is None and not list(tmp_path.glob("out.partial/part-*")):
-            time.sleep(0.005)
-        assert process.poll() is None
-        line = error_line(cli("quantize", deep, "-o", out, "--quiet"))
-        assert line == f"error: {tmp_path / 'out.partial'}: is being worked on by another process; wait for it"
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

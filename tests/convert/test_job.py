@@ -15,6 +15,7 @@ import tvm
 from tests.models import FLOAT, GraphBuilder, gpt2, mlp
 from tvm_ternary.convert.folder import resave
 from tvm_ternary.convert.job import quantize_model
+from tvm_ternary.convert.parts import open_parts
 from tvm_ternary.convert.work import QuantizedLayer
 from tvm_ternary.errors import ModelError, OptionError, OutputError, TernaryError
 from tvm_ternary.formats.quantization import QUANTIZATION_VERSION
@@ -152,6 +153,25 @@ def test_a_changed_model_is_another_job(source: Path, tmp_path: Path) -> None:
     model.write_bytes(source.read_bytes())
     with pytest.raises(OutputError, match="holds an unfinished job whose model is"):
         quantize_model(model, tmp_path / "out", scheme="t1a8g32", **FAST)
+
+
+def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
+    busy = pytest.raises(OutputError, match=r"out\.partial: is being worked on by another process; wait for it")
+    with open_parts(tmp_path / "out", {}, resume=True), busy:
+        open_parts(tmp_path / "out", {}, resume=True).__enter__()
+    with open_parts(tmp_path / "out", {}, resume=True) as parts:
+        assert list(parts.finished()) == []
+
+
+def test_parts_without_a_job_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out.partial"
+    folder.mkdir()
+    (folder / "part-00000.safetensors").write_bytes(b"?")
+    with pytest.raises(OutputError, match=r"holds parts, but no job\.json"):
+        open_parts(tmp_path / "out", {}, resume=True).__enter__()
+    (folder / "job.json").write_text("{")
+    with pytest.raises(OutputError, match=r"job\.json: cannot be read"):
+        open_parts(tmp_path / "out", {}, resume=True).__enter__()
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_to(source: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def import_quantized(
         uses = {node: [MatrixUse(*use) for use in found] for node, found in config.uses.items()}
         imported = import_onnx(folder / GRAPH, dims, constants, uses=uses, ternary=Ternary(tensors, config.schemes))
     # Constants of this import may have cut branches off.
-    ternary = Ternary(tensors, [name for name in config.schemes if name in imported.params])
+    ternary = Ternary(tensors, [name for name in imported.params if name in config.schemes])
     for name, shape in imported.shapes.items():
         if name not in config.schemes and name not in config.reasons:
             raise ModelError(str(folder), f"{CONFIG} does not know matrix {name} of its graph", "quantize again")
