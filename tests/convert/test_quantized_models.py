@@ -29,13 +29,14 @@ def test_a_real_model_comes_back_and_is_saved_again_the_same(models: Path, tmp_p
     tvm.ir.assert_structural_equal(before.module, after.module)
     ternary = [layer.name for layer in done.layers if layer.scheme is not None]
     assert list(after.ternary) == ternary
-    assert {layer.scheme for layer in done.layers} == {"t4a8", "t1a8", None}
-    assert [layer.name for layer in done.layers if layer.scheme is None] == [list(before.shapes)[-1]], "the pooler"
+    assert {layer.scheme for layer in done.layers} - {None} == {"t4a8", "t1a8"}
+    floats = [layer.name for layer in done.layers if layer.scheme is None]
+    assert floats == (["pooler.dense.weight"] if name == CHECKPOINT else [])
     assert (out / "tokenizer.json").exists() == (name == CHECKPOINT)
-    floats = sum(4 * n * k for n, k in before.shapes.values())
+    matrices = sum(4 * n * k for n, k in before.shapes.values())
     embeddings = sum(array.value.numpy().nbytes for array in before.tables.values())
     size = sum(path.stat().st_size for path in out.iterdir())
-    assert size < embeddings + floats / 3, "weights are stored once, as planes"
+    assert size < embeddings + matrices / 3, "weights are stored once, as planes"
     again.mkdir()
     resave(after, out, again)
     for path in out.iterdir():
