@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tvm_ternary.quantize.asymmetric import fit_asymmetric
 from tvm_ternary.quantize.levels import Floats
 from tvm_ternary.quantize.magnitudes import Doubles, Magnitudes, Moments, half_combinations
 from tvm_ternary.quantize.methods import METHODS
@@ -62,9 +63,9 @@ def fit_planes(
 ) -> PlaneFit:
     """Fit the planes of each group.
 
-    Starts are the greedy fits of `stack_planes` by ``twn`` and ``optimal``, and evenly spaced levels (ratio 3) of some
-    widths; each group goes on from its best one. Hence no group ends above what those greedy fits leave, up to
-    the rounding of scales to float32.
+    Starts are the greedy fits of `stack_planes` by ``twn`` and ``optimal``, evenly spaced levels (ratio 3) of some
+    widths and, for two planes, a ternary plane about a mean; each group goes on from its best one. Hence no group ends
+    above what those leave, up to the rounding of scales to float32.
 
     Parameters
     ----------
@@ -108,6 +109,9 @@ def _free_starts(groups: Floats, ordered: Magnitudes, planes: int) -> Iterator[D
     for method in ("twn", "optimal"):
         _, scale = stack_planes(groups, planes, METHODS[method])
         yield scale.T.astype(np.float64)
+    if planes == 2:
+        about_mean = fit_asymmetric(groups)
+        yield np.stack([about_mean.scale, about_mean.mean], axis=1).astype(np.float64)
     yield from _spread(ordered, np.array([3.0**p for p in range(planes)]), planes)
 
 
