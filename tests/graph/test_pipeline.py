@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from tests.ternary_matmul import NATIVE
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.errors import OutputError
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
+from tvm_ternary.graph.passes.ternarize import TernaryLayer
 from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
 from tvm_ternary.ops import linear
+from tvm_ternary.quantize.transform import InputTransform
+from tvm_ternary.target import resolve
 
 PHASES = ["ternarize", "bind", "fuse", "schedule"]
 
@@ -41,12 +45,16 @@ def run(model: LoweredModel, *operands: np.ndarray) -> list[np.ndarray]:
     return [out.numpy() for out in machine["main"](*map(tvm.runtime.tensor, operands))]
 
 
+def biases(model: ImportedModel) -> list[np.ndarray]:
+    """The constants that are added, in order."""
+    calls = (value for _, value in bindings(model.module) if isinstance(value, relax.Call))
+    return [call.args[1].value.numpy() for call in calls if call.op.name == "relax.add"]
+
+
 def expected(model: ImportedModel, x: np.ndarray, scheme: str) -> np.ndarray:
     """`tests.models.mlp` by hand, on the same ternary weights. Its biases are the graph's constants."""
     layers = quantized(model.params, dict.fromkeys(model.params, scheme))
-    calls = (value for _, value in bindings(model.module) if isinstance(value, relax.Call))
-    biases = [call.args[1].value.numpy() for call in calls if call.op.name == "relax.add"]
-    for i, (layer, bias) in enumerate(zip(layers.values(), biases, strict=True)):
+    for i, (layer, bias) in enumerate(zip(layers.values(), biases(model), strict=True)):
         x = linear(layer.weight, bias, activation_bits=layer.activation_bits)(x)
         x = x if i == len(layers) - 1 else np.maximum(x, 0)
     return x
@@ -92,6 +100,42 @@ def test_nothing_but_calls_of_functions_is_left() -> None:
     names = operators(lowered(with_softmax()).module)
     assert names
     assert not [name for name in names if "." in name or name in ("matmul", "add", "reshape")]
+
+
+TRANSFORMS = (InputTransform(np.linspace(0.5, 2, 30, dtype=np.float32), 8), InputTransform(None, 32))
+
+
+def transformed(model: ImportedModel, scheme: str) -> dict[str, TernaryLayer]:
+    """The matrices fitted for transformed inputs."""
+    plain = quantized(
+        {name: t.weight(w.T).T for t, (name, w) in zip(TRANSFORMS, model.params.items(), strict=True)},
+        dict.fromkeys(model.params, scheme),
+    )
+    return {
+        name: replace(layer, transform=transform)
+        for transform, (name, layer) in zip(TRANSFORMS, plain.items(), strict=True)
+    }
+
+
+def test_inputs_are_transformed_for_weights_that_were_fitted_so() -> None:
+    """40 inputs of the second matrix are a block of 32 and a tail."""
+    model = import_onnx(mlp((30, 40, 20)))
+    layers = transformed(model, "t2a32")
+    result = lower(model, layers, NATIVE, bind_weights=True)
+    assert result.schedules["hadamard_rows"] == result.schedules["hadamard_rows1"] == "rule:activations"
+    x = want = np.random.default_rng(0).standard_normal((5, 30)).astype(np.float32)
+    for transform, layer, bias, last in zip(TRANSFORMS, layers.values(), biases(model), (False, True), strict=True):
+        want = linear(layer.weight, bias)(transform.apply(want))
+        want = want if last else np.maximum(want, 0)
+    (y,) = run(result, x)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_gpu_rotates_by_products_that_its_rules_know() -> None:
+    model = import_onnx(mlp((30, 40, 20)))
+    result = lower(model, transformed(model, "t2a8"), resolve("cuda-sm_90"), bind_weights=True)
+    assert not [name for name, who in result.schedules.items() if "fallback" in who]
+    assert sum(who == "rule:matmul" for who in result.schedules.values()) >= 2
 
 
 def test_names_that_differ_only_in_punctuation_keep_their_own_weights() -> None:

@@ -205,7 +205,7 @@ class _Rewriter(relax.PyExprMutator):
         return self.builder_.emit(relax.op.reshape(rotated, shape))
 
     def _by_products(self, x: relax.Expr, block: int) -> relax.Expr:
-        """Rotate the columns and the rows of a block as a matrix: H of b c is the Kronecker product of those of b and c."""
+        """A block as a matrix whose columns and rows are rotated; H of b c is the Kronecker product of H of b and c."""
         emit, shape, last = self.builder_.emit, x.ty.shape, x.ty.ndim - 1
         k = int(shape.values[last])
         whole = k - k % block
