@@ -17,13 +17,13 @@ import numpy.typing as npt
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.parts import Parts, open_parts
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
-from tvm_ternary.errors import OptionError, OutputError
+from tvm_ternary.errors import ModelError, OptionError, OutputError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.data import data_files
 from tvm_ternary.graph.quantized import is_quantized, read_config
-from tvm_ternary.graph.source import import_model
+from tvm_ternary.graph.source import GGUF, import_model
 from tvm_ternary.quantize.config import LayerQuantizationConfig
 from tvm_ternary.quantize.plan import LayerPlan
 
@@ -139,6 +139,9 @@ def quantize_model(
         recipe=recipe,
     )
     destination = None if dry_run else _free(output, source, overwrite)
+    if source.suffix == GGUF:
+        hint = "compile it: what is ternary in it is taken as it is"
+        raise ModelError(str(source), "is a GGUF file, which quantize does not take", hint)
     report = progress or (lambda stage, done, total: None)
     report("import", 0, 1)
     imported = import_model(source, dims, constants)
@@ -151,9 +154,7 @@ def quantize_model(
     if calibration is not None:
         from tvm_ternary.convert.samples import load_samples
 
-        inputs = load_samples(
-            calibration, imported.inputs, samples, seed, None if tokenizer is None else Path(tokenizer), length
-        )
+        inputs = load_samples(calibration, imported.inputs, samples, seed, _tokenizer(tokenizer, source), length)
     # A checkpoint's own dimensions stay free: only a graph is changed by what is fixed here.
     options = {**chosen.to_dict(), "samples": None if inputs is None else len(inputs), "seed": seed}
     job = {
