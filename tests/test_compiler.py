@@ -294,6 +294,7 @@ class TestOptions:
             ({"method": "gptq"}, "method 'gptq': unknown, expected one of "),
             ({"packing": "tight"}, "packing 'tight': does not exist; expected one of fast, dense"),
             ({"packing": "dense", "scheme": "t1a32"}, "packing 'dense': does not exist for a32 schemes; expected a8"),
+            ({"embeddings": "int4"}, "embeddings: got 'int4'; expected one of int8, float"),
             ({"weights": "outside"}, "weights 'outside': no such place; expected one of auto, inside, beside"),
             ({"dims": {"length": 4}}, "dimension length: the model has no such symbolic dimension; it has batch"),
             ({"constants": {"sr": 16000}}, "constant sr: the model has no such input; it has x"),

@@ -23,7 +23,7 @@ from tvm_ternary.target import target_names
 from tvm_ternary.target.cpu import cpu_names
 from tvm_ternary.target.cuda import cuda_names
 
-from ..models import FLOAT, GraphBuilder
+from ..models import FLOAT, INT64, GraphBuilder
 from .conftest import MATRICES, cli, command, error_line
 
 
@@ -71,6 +71,22 @@ def test_dimension_weights_beside_and_dump(model: Path, tmp_path: Path) -> None:
     phases = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert phases[0] == "01-import.py"
     assert phases[-1].endswith("-schedule.py")
+
+
+def test_tables_become_int8_or_stay(tmp_path: Path) -> None:
+    g = GraphBuilder("rows")
+    rows = g.node("Gather", g.weight("words", 20, 8), g.input("ids", INT64, ["n"]), axis=0)
+    g.node("Relu", rows, output="y")
+    g.output("y", FLOAT, ["n", 8])
+    onnx.save(g.model(), tmp_path / "rows.onnx")
+    for options, became, counts in (
+        ((), "int8", "0 ternary, 1 int8, 0 left in float"),
+        (("--embeddings", "float"), "float32", "0 ternary, 1 left in float"),
+    ):
+        result = cli("compile", tmp_path / "rows.onnx", "-o", tmp_path / "rows.so", *options)
+        assert counts in result.stdout, result.stderr
+        (layer,) = load(tmp_path / "rows.so").manifest.layers
+        assert (layer.name, layer.became) == ("words", became)
 
 
 def test_constant_becomes_part_of_the_model(tmp_path: Path) -> None:
