@@ -15,6 +15,7 @@ Build = Callable[[Mapping[str, Any], Tensors], ImportedModel]
 ARCHITECTURES: dict[str, Build] = {
     "bert": bert.build,
     "bitnet": llama.build_bitnet,
+    "camembert": bert.build_roberta,
     "distilbert": bert.build_distilbert,
     "gpt2": gpt2.build,
     "llama": llama.build,
