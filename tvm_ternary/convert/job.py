@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.convert.folder import write_folder
+from tvm_ternary.convert.mixed import Budget, mixed_plan
 from tvm_ternary.convert.parts import Parts, open_parts
+from tvm_ternary.convert.samples import load_samples
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
 from tvm_ternary.errors import ModelError, OptionError, OutputError
 from tvm_ternary.formats import Scheme
@@ -67,6 +69,8 @@ def quantize_model(
     embeddings: str | None = None,
     recipe: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
+    target_bpw: float | None = None,
+    max_error: float | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     samples: int = 128,
     seed: int = 0,
@@ -99,6 +103,9 @@ def quantize_model(
         A TOML file with the same keys.
     calibration : path or iterable, optional
         Inputs of the model, as `load_samples` takes them. Matrices are then fitted to what they multiply.
+    target_bpw, max_error : float, optional
+        Choose planes and group sizes a matrix (`mixed_plan`): the least error for so many bits a weight on average, or
+        the fewest bits with at most this relative output error, float where nothing reaches it.
     samples, seed, tokenizer, length
         How many of the inputs to take, chosen by the seed; for text, what cuts it into tokens, and how many at most.
     dims, constants : mappings, optional
@@ -147,14 +154,16 @@ def quantize_model(
     imported = import_model(source, dims, constants)
     rows = {row.name: row for row in _with_ternary(chosen.plan(imported.shapes), imported, source)}
     report("import", 1, 1)
+    budget = None if target_bpw is None and max_error is None else Budget(target_bpw, max_error)
+    inputs: list[dict[str, npt.NDArray[Any]]] | None = None
+    if calibration is not None and (budget is not None or not dry_run):
+        text = _tokenizer(tokenizer, source)
+        inputs = load_samples(calibration, imported.inputs, samples, seed, text, length, windows=True)
+    if budget is not None:
+        rows = mixed_plan(imported, rows, chosen.recipe, inputs, budget, report)
     if destination is None:
         planned = tuple(described(row, None) for row in rows.values())
         return QuantizedModel(None, planned, time.perf_counter() - started)
-    inputs: list[dict[str, npt.NDArray[Any]]] | None = None
-    if calibration is not None:
-        from tvm_ternary.convert.samples import load_samples
-
-        inputs = load_samples(calibration, imported.inputs, samples, seed, _tokenizer(tokenizer, source), length)
     # A checkpoint's own dimensions stay free: only a graph is changed by what is fixed here.
     options = {**chosen.to_dict(), "samples": None if inputs is None else len(inputs), "seed": seed}
     job = {

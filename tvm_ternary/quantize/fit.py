@@ -31,7 +31,8 @@ class Fit:
     error : float
         Frobenius norm of (ternary - float) over that of float.
     output_error : float or None
-        The same of the products with the calibration data; None without data, or where all products are zero.
+        The same of the products with the calibration data, where inputs have drifted against those of the matrix that
+        makes up for it; None without data, or where all products are zero.
     plain_output_error : float or None
         What the same scheme gives without compensation; None without.
     notes : tuple of str
@@ -107,13 +108,13 @@ def fit_matrix(
         return Fit(plain, quantization_error(w, plain), _output_error(w, plain, hessian))
     levels = _start(w, scheme, statistics)
     plain = _tensor(levels, round_to(levels, w), scheme)
-    before = _output_error(w, plain, hessian)
     # The one scale of a matrix is no row's own to solve for.
     if statistics is None or hessian is None or not recipe.compensate or isinstance(scheme.granularity, PerTensor):
-        return Fit(plain, quantization_error(w, plain), before)
+        return Fit(plain, quantization_error(w, plain), _output_error(w, plain, hessian))
     metric = metric or metric_of(statistics, recipe)
-    fitted = _tensor(*_compensated(w, levels, recipe, metric), scheme)
-    after = _output_error(w, fitted, hessian)
+    target = w if metric.shift is None else w + w @ metric.shift
+    fitted = _tensor(*_compensated(target, levels, recipe, metric), scheme)
+    before, after = (_output_error(target, weight, hessian) for weight in (plain, fitted))
     notes = _notes(metric, recipe, statistics)
     if before is not None and after is not None and after > before:
         return Fit(plain, quantization_error(w, plain), before, before, (*notes, "compensation brought nothing"))
@@ -135,8 +136,6 @@ def _importance(statistics: Statistics) -> Floats:
 
 
 def _compensated(w: Floats, levels: Levels, recipe: Recipe, metric: Metric) -> tuple[Levels, npt.NDArray[np.uint8]]:
-    if metric.shift is not None:
-        w = w + w @ metric.shift
     chosen = first_trits(w, levels, metric)
     for _ in range(recipe.sweeps):
         levels = refit(w, levels, chosen, metric)
