@@ -14,9 +14,11 @@ from tvm_ternary.convert.float_model import SegmentRunner, to_tensors
 from tvm_ternary.errors import InputError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.cut import Segment, Segments
+from tvm_ternary.graph.passes.index_limits import index_limits
 from tvm_ternary.runtime.inputs import check_inputs
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
 
 # A batch is large enough to keep the cores busy, and small beside what lives of all of them.
 _SAMPLES, _POSITIONS, _ELEMENTS = 64, 2048, 1 << 16
@@ -55,12 +57,12 @@ class Batches:
             shapes = [array.shape for array in batch.values()]
             self._dimensions.append([shapes[number][axis] for number, axis in segments.dimensions])
 
-    def rows(self, segment: Segment) -> Iterator[npt.NDArray[np.floating]]:
+    def rows(self, segment: Segment) -> Iterator[Floats]:
         """What the segment's matrices multiply, (M, K) of each batch; views, to be read before `advance`."""
         assert segment.x is not None
         for live in self._live:
             x = np.from_dlpack(live[segment.x])
-            yield x.reshape(-1, x.shape[-1])
+            yield np.asarray(x.reshape(-1, x.shape[-1]), np.float32)
 
     def advance(self, segment: Segment, weights: Arrays) -> None:
         """Run the segment, with (K, N) weights, and let go of what nobody needs any more."""
@@ -80,14 +82,24 @@ def _checked(model: ImportedModel, samples: Sequence[Arrays]) -> list[dict[str, 
     if not samples:
         raise InputError("calibration data", "has no sample; expected one at least")
     names = [spec.name for spec in model.inputs]
+    limits = index_limits(model.module)
     checked = []
     for number, sample in enumerate(samples):
         try:
             arrays = check_inputs(model.inputs, sample, model.bounds)
         except InputError as error:
             raise InputError(f"sample {number}, {error.subject}", error.problem, error.hint) from error
+        _require_rows(number, dict(zip(names, arrays, strict=True)), limits)
         checked.append(dict(zip(names, arrays, strict=True)))
     return checked
+
+
+def _require_rows(number: int, sample: Arrays, limits: Mapping[str, int]) -> None:
+    for name, rows in limits.items():
+        outside = sample[name][(sample[name] < 0) | (sample[name] >= rows)]
+        if outside.size:
+            problem = f"holds {outside[0]}; expected 0 to {rows - 1}, as the model's table has {rows} rows"
+            raise InputError(f"sample {number}, input {name!r}", problem, "is it the tokenizer of another model?")
 
 
 def _batches(
@@ -116,12 +128,12 @@ def _takes_batches(model: ImportedModel) -> bool:
 
 def _batch_size(model: ImportedModel, sample: Arrays) -> int:
     sizes = {
-        dim: size
+        dim: int(size)
         for spec in model.inputs
         for dim, size in zip(spec.shape, sample[spec.name].shape, strict=True)
         if isinstance(dim, str)
     }
     elements = max(int(array.size) for array in sample.values())
     batch = int(sample[model.inputs[0].name].shape[0])
-    most = min(_SAMPLES // batch, _POSITIONS // math.prod(sizes.values()), _ELEMENTS // max(1, elements))
-    return max(1, most)
+    positions = math.prod(sizes.values())
+    return max(1, min(_SAMPLES // batch, _POSITIONS // positions, _ELEMENTS // max(1, elements)))
