@@ -156,7 +156,7 @@ def test_the_document_is_json_without_points(folder: Path) -> None:
         (["mlp-float.so", "gpt2-t2.so"], {}, InputError, "has inputs input_ids"),
         (["mlp-float.so", "mlp-t2.so"], {"samples": 0}, OptionError, "--samples: is 0"),
         (["mlp-float.so", "mlp-t2.so"], {"length": 0}, OptionError, "--length: is 0"),
-        (["mlp-float.so", "mlp-t2.so"], {"data": []}, InputError, "given samples: there is none"),
+        (["mlp-float.so", "mlp-t2.so"], {"data": []}, InputError, "holds no sample"),
         (["mlp-float.so", "mlp-t2.so"], {"data": [{"y": ROWS}]}, InputError, "no such input"),
         (["mlp-float.so", "mlp-t2.so"], {"data": [{"x": ROWS[:, 1:]}]}, InputError, "axis 1 is 9"),
         (["mlp-float.so", "mlp-t2.so"], {"logits": ["z"]}, OptionError, "no output 'z'; expected one of y"),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.convert.samples import Data, load_samples
+from tvm_ternary.errors import OptionError
 from tvm_ternary.evaluation.logits import IDS, MASK
 from tvm_ternary.evaluation.models import Arrays, Runner, Source
 from tvm_ternary.runtime.sample import random_inputs
@@ -28,7 +26,7 @@ class Samples:
 def find_samples(
     run: Runner,
     model: Source,
-    data: Source | Iterable[Mapping[str, Any]] | None,
+    data: Data | None,
     count: int,
     length: int,
     seed: int,
@@ -64,29 +62,24 @@ def find_samples(
     if data is None:
         made = tuple(_random(run, length, seed + number) for number in range(count))
         return Samples(made, f"{count} random inputs, seed {seed}: they say little about how good a model is")
-    if isinstance(data, str | os.PathLike):
-        chosen, origin = _read(Path(data)), f"samples of {os.fspath(data)}"
-    else:
-        chosen, origin = [dict(sample) for sample in data], "given samples"
-    if not chosen:
-        raise InputError(origin, "there is none; expected one at least")
-    return Samples(tuple(chosen[:count]), f"{min(count, len(chosen))} {origin}")
+    name = f"samples of {os.fspath(data)}" if isinstance(data, str | os.PathLike) else "given samples"
+    bound = min([length, *(most for dim, most in run.manifest.bounds.items() if dim in _lengths(run))])
+    chosen = load_samples(data, run.inputs, count, seed, _tokenizer(model, tokenizer), bound)
+    return Samples(tuple(chosen), f"{len(chosen)} {name}")
 
 
-def _read(path: Path) -> list[Arrays]:
-    """Read an .npz of inputs whose rows are samples."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(str(path), f"is no .npz of inputs ({error})", "write it with numpy.savez") from error
-    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(str(path), f"has {lengths} rows; expected as many of each input")
-    return [
-        {name: array[row : row + 1] for name, array in arrays.items()}
-        for row in range(max(lengths.values(), default=0))
-    ]
+def _tokenizer(model: Source, given: Source | None) -> Path | None:
+    """The given one, or the one that lies in the model's folder."""
+    if given is not None:
+        return Path(given)
+    path = Path(model)
+    beside = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    return beside if beside.is_file() else None
+
+
+def _lengths(run: Runner) -> set[int | str]:
+    """The dimensions of token numbers that are lengths."""
+    return {spec.shape[-1] for spec in run.inputs if spec.name == IDS and spec.shape}
 
 
 def _random(run: Runner, length: int, seed: int) -> Arrays:
@@ -95,7 +88,7 @@ def _random(run: Runner, length: int, seed: int) -> Arrays:
     leading = {spec.shape[0] for spec in run.inputs if spec.shape}
     free = {dim for spec in run.inputs for dim in spec.shape[1:] if isinstance(dim, str)} - leading
     # Where the last dimension of token numbers is open it is a length; other open dimensions may be an image's.
-    texts = {spec.shape[-1] for spec in run.inputs if spec.name == IDS and spec.shape}
+    texts = _lengths(run)
     sizes = {dim: min(length, bounds.get(dim, length)) for dim in free & texts}
     inputs = random_inputs(run.inputs, sizes, seed, bounds)
     if MASK in inputs:

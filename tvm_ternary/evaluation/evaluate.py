@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tvm_ternary.analysis.quality import Candidate, Evaluation, LayerQuality, MetricValue, OutputQuality
+from tvm_ternary.convert.samples import Data
 from tvm_ternary.errors import OptionError
 from tvm_ternary.evaluation.data import find_samples
 from tvm_ternary.evaluation.layers import MatrixErrors, observe_matrices
@@ -33,7 +34,7 @@ def evaluate(
     scheme: str | Sequence[str] | None = None,
     target: str | Mapping[str, Any] = "native",
     device: str | None = None,
-    data: Source | Iterable[Mapping[str, Any]] | None = None,
+    data: Data | None = None,
     samples: int = 32,
     length: int = 128,
     seed: int = 0,
@@ -60,9 +61,9 @@ def evaluate(
         Schemes to quantize the model to; one at least of these and ``quantized`` must be given.
     target, device, threads
         What all are compiled for, and where they run; as in `tvm_ternary.compile` and `tvm_ternary.load`.
-    data : path or iterable of mappings, optional
-        What to run them on; see `tvm_ternary.evaluation.data.find_samples`. None: random inputs, which say whether the
-        models compute the same, and little about how well.
+    data : path or iterable, optional
+        What to run them on, as `tvm_ternary.convert.samples.load_samples` takes it. None: random inputs, which say
+        whether the models compute the same, and little about how well.
     samples : int
         How many samples to take at most.
     length : int
@@ -123,7 +124,7 @@ def evaluate(
         device=reference.module.device,
         threads=reference.module.threads,
         weight_bytes=reference.manifest.sizes.weights_after,
-        candidates=tuple(_candidate(*parts) for parts in zip(runners, matrices, comparisons, measured, strict=True)),
+        candidates=tuple(_candidate(*parts) for parts in zip(rivals, matrices, comparisons, measured, strict=True)),
         seconds=stages.seconds,
     )
 
@@ -223,11 +224,12 @@ def _measure(
 
 
 def _candidate(
-    runner: Runner,
+    rival: Rival,
     matrices: Mapping[str, MatrixErrors],
     outputs: tuple[OutputQuality, ...],
     metrics: tuple[MetricValue, ...],
 ) -> Candidate:
+    manifest = rival.runner.manifest
     layers = tuple(
         LayerQuality(
             one.name,
@@ -235,12 +237,12 @@ def _candidate(
             one.became,
             one.scheme,
             one.bits_per_weight,
-            one.reason,
+            one.reason and rival.reasons.get(one.name, one.reason),
             **(asdict(matrices[one.name]) if one.name in matrices else {"weight_error": one.error}),
         )
-        for one in runner.manifest.layers
+        for one in manifest.layers
     )
     sizes = [(math.prod(layer.shape), layer.bits_per_weight) for layer in layers if layer.scheme is not None]
     weights = sum(count for count, _ in sizes)
     bits = sum(count * bits for count, bits in sizes) / weights if weights else None
-    return Candidate(runner.name, bits, runner.manifest.sizes.weights_after, layers, outputs, metrics)
+    return Candidate(rival.runner.name, bits, manifest.sizes.weights_after, layers, outputs, metrics)

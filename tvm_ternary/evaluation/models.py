@@ -15,6 +15,7 @@ from tvm_ternary import compiler
 from tvm_ternary.convert.job import quantize_model
 from tvm_ternary.errors import InputError
 from tvm_ternary.formats import Scheme, TernaryTensor
+from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.quantized import is_quantized, read_config
 from tvm_ternary.graph.source import import_model
@@ -68,10 +69,20 @@ class Runner:
 
 @dataclass(frozen=True)
 class Rival:
-    """A model with ternary weights, loaded, and its ternary matrices by name; none where only a library is at hand."""
+    """A model with ternary weights.
+
+    Parameters
+    ----------
+    runner : Runner
+    weights : mapping of str to TernaryTensor
+        Its ternary matrices; none where only a library is at hand.
+    reasons : mapping of str to str
+        Why others stayed float, where the library does not know.
+    """
 
     runner: Runner
     weights: Mapping[str, TernaryTensor]
+    reasons: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Workshop:
             As `tvm_ternary.compile` and `tvm_ternary.load`.
         """
         if is_library(model):
-            return Rival(Runner(name, load(model, self.device, self.threads)), {})
+            return Rival(Runner(name, load(model, self.device, self.threads)), {}, {})
         source = Path(model)
         path = self._free(".so")
         imported = import_model(source)
@@ -136,12 +147,12 @@ class Workshop:
         dims = {dim: size for dim, size in self.dims.items() if dim in open_dims}
         names = {spec.name for spec in imported.inputs}
         constants = {key: value for key, value in self.constants.items() if key in names}
-        schemes, embeddings = _schemes(source, imported)
+        config = _config(source, imported)
         # Exactly what the folder says: what stayed float in it stays so.
-        layers = {f"^{re.escape(name)}$": str(scheme) for name, scheme in schemes.items()}
-        options: dict[str, Any] = {"layers": layers, "embeddings": embeddings, "dims": dims, "constants": constants}
-        compiler.compile(source, path, target=self.target, **options)
-        return Rival(Runner(name, load(path, self.device, self.threads)), imported.ternary)
+        layers = {f"^{re.escape(name)}$": str(scheme) for name, scheme in config.schemes.items()}
+        options: dict[str, Any] = {"layers": layers, "embeddings": config.embeddings}
+        compiler.compile(source, path, target=self.target, dims=dims, constants=constants, **options)
+        return Rival(Runner(name, load(path, self.device, self.threads)), imported.ternary, config.reasons)
 
     def quantize(self, model: Source, scheme: str, options: Mapping[str, Any]) -> Path:
         """Quantize a model; give the folder.
@@ -160,13 +171,12 @@ class Workshop:
         return self.folder / f"{len(list(self.folder.iterdir()))}{suffix}"
 
 
-def _schemes(source: Path, imported: ImportedModel) -> tuple[Mapping[str, Scheme], str]:
-    """The scheme of each ternary matrix of a model, and what its tables become."""
+def _config(source: Path, imported: ImportedModel) -> QuantizationConfig:
+    """What is ternary in a model, and how: as its folder says, or as its tensors are."""
     if is_quantized(source):
-        config = read_config(source)[1]
-        return config.schemes, config.embeddings
-    kinds = {name: imported.ternary[name] for name in imported.ternary}
-    return {name: Scheme(kind.num_planes, 8, kind.granularity) for name, kind in kinds.items()}, "int8"
+        return read_config(source)[1]
+    tensors = ((name, imported.ternary[name]) for name in imported.ternary)
+    return QuantizationConfig({name: Scheme(one.num_planes, 8, one.granularity) for name, one in tensors}, {}, "int8")
 
 
 def is_library(model: Source) -> bool:
