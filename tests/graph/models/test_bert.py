@@ -98,6 +98,9 @@ class TestRoberta:
         arrays = {f"roberta.{name}": array for name, array in bert(ROBERTA).items()}
         imported = import_model(write_checkpoint(tmp_path, ROBERTA, arrays))
         assert imported.bounds == {"sequence": 14}
+        assert import_model(write_checkpoint(tmp_path, {**ROBERTA, "pad_token_id": 0}, arrays)).bounds == {
+            "sequence": 15
+        }
         assert_right(Compiled(imported)(given), expected(ROBERTA, given, positions=self.positions))
 
 

@@ -52,9 +52,14 @@ class TestArchitecture:
         with pytest.raises(ModelError, match=rf"config.json: {message}"):
             import_model(tmp_path)
 
-    def test_quantized_by_something_else(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="quantized by 'gptq', which is not read; take the checkpoint it was made"):
-            import_model(write(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4}))
+    @pytest.mark.parametrize(
+        ("given", "method"),
+        [({"quant_method": "gptq", "bits": 4}, "'gptq'"), ({"quant_method": []}, "[]"), (1, "None")],
+    )
+    def test_quantized_by_something_else(self, tmp_path: Path, given: Any, method: str) -> None:
+        message = f"quantized by {method}, which is not read; take the checkpoint it was made from"
+        with pytest.raises(ModelError, match=re.escape(message)):
+            import_model(write(tmp_path, quantization_config=given))
 
     @pytest.mark.parametrize(
         ("settings", "message"),

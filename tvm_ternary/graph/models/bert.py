@@ -122,7 +122,7 @@ class Encoder:
         self.vocabulary = settings.count("vocab_size")
         self.positions = settings.count("max_position_embeddings", default=512)
         # RoBERTa gives padding a position of its own, and never uses those before it.
-        self.padding = int(settings.number("pad_token_id", default=1)) if counted else None
+        self.padding = settings.count("pad_token_id", default=1, least=0) if counted else None
         self.longest = self.positions if self.padding is None else self.positions - self.padding - 1
         if self.longest < 1:
             raise ModelError(FILE, f"max_position_embeddings {self.positions} leaves no position for a token")

@@ -15,7 +15,7 @@ from tvm_ternary.graph.models import find_architecture
 from tvm_ternary.graph.models.settings import FILE
 
 _METHOD = "quantization_config"
-_READ = frozenset({"tvm-ternary", "bitnet"})
+_READ = ("tvm-ternary", "bitnet")
 """Ways of quantization whose tensors are read; what each architecture makes of them it says itself."""
 
 

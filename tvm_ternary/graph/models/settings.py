@@ -22,8 +22,8 @@ class Settings:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
 
-    def count(self, *names: str, default: int | None = None) -> int:
-        """A whole number of at least 1, under the first of several names that is there.
+    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least ``least``, under the first of several names that is there.
 
         Raises
         ------
@@ -31,8 +31,8 @@ class Settings:
             If there is none and no default, or it is something else.
         """
         name, value = self._find(names, default)
-        if type(value) is not int or value < 1:
-            raise ModelError(FILE, f"{name} is {value!r}, expected a whole number of at least 1")
+        if type(value) is not int or value < least:
+            raise ModelError(FILE, f"{name} is {value!r}, expected a whole number of at least {least}")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
