@@ -14,6 +14,7 @@ import pytest
 
 from tvm_ternary.cli import main
 from tvm_ternary.quantize.methods import METHODS
+from tvm_ternary.runtime.module import load
 
 from ..models import FLOAT, GraphBuilder
 from .conftest import MATRICES, cli, command, error_line
@@ -90,6 +91,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [False, True], ids=["weights alone", "with calibration"])
 def test_killed_in_the_middle_it_goes_on_and_gives_equal_bytes(deep: Path, tmp_path: Path, data: bool) -> None:
     random = np.random.default_rng(0)
@@ -163,6 +165,29 @@ def test_bad_models_and_folders(model: Path, tmp_path: Path) -> None:
     for verb in ("quantize", "compile"):
         line = error_line(cli(verb, tmp_path / "out", "-o", tmp_path / "new"))
         assert "quantization_config has version 7, expected 1" in line
+
+
+def test_compile_with_data_is_quantize_and_compile(model: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    lines = [json.dumps({"x": row.tolist()}) for row in random.standard_normal((40, 10))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+    options = ("--scheme", "t2a8", *SAME, "--calibration", tmp_path / "x.jsonl", "--samples", "32")
+    result = cli("quantize", model, "-o", tmp_path / "folder", *options, "--json")
+    assert result.returncode == 0, result.stderr
+    layers = json.loads(result.stdout)["layers"]
+    assert all(0 < layer["output_error"] < 0.3 for layer in layers)
+    compiled = []
+    for source, library, extra in ((tmp_path / "folder", "a.so", ()), (model, "b.so", options)):
+        result = cli("compile", source, "-o", tmp_path / library, *extra, "--json")
+        assert result.returncode == 0, result.stderr
+        compiled.append(json.loads(result.stdout)["manifest"])
+    assert compiled[0]["layers"] == compiled[1]["layers"]
+    assert [layer["error"] for layer in compiled[0]["layers"]] == [layer["error"] for layer in layers]
+    x = {"x": random.standard_normal((5, 10)).astype(np.float32)}
+    first, second = (load(tmp_path / library).run(None, x)[0] for library in ("a.so", "b.so"))
+    np.testing.assert_array_equal(first, second)
+    line = error_line(cli("compile", tmp_path / "folder", "-o", tmp_path / "c.so", "--scheme", "t1a8"))
+    assert "the model was quantized before and has t2a8" in line
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
