@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     for name, model in (("mlp", mlp()), ("gpt2", gpt2())):
         onnx.save(model, folder / f"{name}.onnx")
-        tt.compile(folder / f"{name}.onnx", folder / f"{name}-float.so", layers=())
+        tt.compile(folder / f"{name}.onnx", folder / f"{name}-float.so", layers=(), embeddings="float")
         tt.compile(folder / f"{name}.onnx", folder / f"{name}-t2.so", scheme="t2a8g64")
     return folder
 

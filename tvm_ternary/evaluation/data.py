@@ -100,6 +100,7 @@ def _random(run: Runner, length: int, seed: int) -> Arrays:
 
 
 def _vocabulary(run: Runner) -> int:
-    """How many tokens there are: the rows of the largest float table; 2 where there is none."""
-    tables = [layer.shape[0] for layer in run.manifest.layers if "table" in (layer.reason or "") and layer.shape]
+    """How many tokens there are: the rows of the largest table; 2 where there is none."""
+    layers = run.manifest.layers
+    tables = [one.shape[0] for one in layers if one.became == "int8" or "table" in (one.reason or "")]
     return max(tables, default=2)

@@ -238,7 +238,7 @@ def _candidate(
             one.scheme,
             one.bits_per_weight,
             one.reason and rival.reasons.get(one.name, one.reason),
-            **(asdict(matrices[one.name]) if one.name in matrices else {"weight_error": one.error}),
+            **(asdict(matrices[one.name]) if one.scheme and one.name in matrices else {"weight_error": one.error}),
         )
         for one in manifest.layers
     )
