@@ -10,14 +10,15 @@ from tvm_ternary.quantize.levels import Floats, Levels, combinations
 
 FACTORS: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((1,),),
-    2: ((1, 3), (2, 5), (3, 8), (3, 10), (1, 4), (2, 7)),
-    3: ((1, 3, 9), (2, 6, 17), (3, 8, 21), (1, 3, 7), (2, 5, 14)),
-    4: ((1, 3, 9, 27),),
+    2: ((1, 3), (2, 3), (9, 26), (20, 29), (9, 14)),
+    3: ((1, 3, 9), (2, 6, 9), (4, 6, 9), (8, 22, 25), (5, 7, 8)),
+    4: ((1, 3, 9, 27), (2, 6, 18, 27), (4, 6, 18, 27), (6, 9, 14, 27)),
 }
 """What the planes of a group may count, at most 63 in sum (`formats.factors`).
 
-Powers of three give evenly spaced levels, which suit groups with large outliers; the others lie closer together around
-zero, which suits what is spread as a normal distribution is. Tuples whose levels another has too are left out.
+Powers of three give evenly spaced levels. The others lie closer together around zero, as weights do: 2 and 3 make 0, 1,
+2, 3 and 5. They were chosen one after the other, each as the tuple that lowers the error of 432 groups of 64 from the
+matrices of MiniLM-L6 most; together they leave 8, 16 and 18 percent less error than tuples near the powers of three.
 """
 
 _CLIPS = {1: (0.2, 0.9), 2: (0.4, 1.0), 3: (0.5, 1.0), 4: (0.6, 1.0)}

@@ -63,9 +63,9 @@ def fit_planes(
 ) -> PlaneFit:
     """Fit the planes of each group.
 
-    Starts are the greedy fits of `stack_planes` by ``twn`` and ``optimal``, evenly spaced levels (ratio 3) of some
-    widths and, for two planes, a ternary plane about a mean; each group goes on from its best one. Hence no group ends
-    above what those leave, up to the rounding of scales to float32.
+    Starts are the greedy fits of `stack_planes` by ``twn`` and ``optimal``, some widths of each tuple of `FACTORS` and,
+    for two planes, a ternary plane about a mean; each group goes on from its best one. Hence no group ends above what
+    those leave, up to the rounding of scales to float32.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def fit_planes(
         Weight of each squared error, not negative; for example the mean square of a column's input. 1 if left out.
     whole : bool
         Whether the scales of a group must be one scale times one of the tuples `FACTORS`, as kernels of integers want
-        (`formats.factors`). They then start from some widths of each tuple.
+        (`formats.factors`). Starts are then those of `FACTORS` only.
     steps : int
         At most; a group stops where it gains less than 1e-5 of its error.
 
@@ -112,13 +112,7 @@ def _free_starts(groups: Floats, ordered: Magnitudes, planes: int) -> Iterator[D
     if planes == 2:
         about_mean = fit_asymmetric(groups)
         yield np.stack([about_mean.scale, about_mean.mean], axis=1).astype(np.float64)
-    yield from _spread(ordered, np.array([3.0**p for p in range(planes)]), planes)
-
-
-def _spread(ordered: Magnitudes, factors: Doubles, planes: int) -> Iterator[Doubles]:
-    """Scales in the ratio of factors whose sum, the largest level, is some share of a group's largest magnitude."""
-    for reach in _REACH[planes]:
-        yield (reach / factors.sum() * ordered.largest)[:, None] * factors
+    yield _whole_start(ordered, planes)
 
 
 def _free_start(groups: Floats, ordered: Magnitudes, planes: int) -> Doubles:
