@@ -9,7 +9,7 @@ import tvm
 from tests.ternary_matmul import TARGETS, UNIT, build, runnable
 from tvm_ternary.kernels.activations import PARALLEL_ROWS
 from tvm_ternary.kernels.hadamard import hadamard_rows
-from tvm_ternary.quantize.hadamard import hadamard
+from tvm_ternary.formats.hadamard import hadamard
 
 # Blocks below, at and above a vector, with an odd and an even number of longer butterflies; tails and rows too short.
 SIZES = [
@@ -40,8 +40,8 @@ def test_rows_are_those_of_the_reference(target: str) -> None:
             whole = k - k % block
             np.testing.assert_array_equal(got[:, whole:], x[:, whole:])
             # A rounding for each butterfly and one for the scale, of sums that are at most the block's.
-            sizes = np.abs(x[:, :whole].astype(np.float64)).reshape(rows, whole // block, block).sum(axis=-1) * block**-0.5
-            bound = np.repeat(sizes, block, axis=1) * (np.log2(block) + 2) * UNIT
+            sums = np.abs(x[:, :whole].astype(np.float64)).reshape(rows, whole // block, block).sum(axis=-1)
+            bound = np.repeat(sums, block, axis=1) * block**-0.5 * (np.log2(block) + 2) * UNIT
             assert (np.abs(got - want)[:, :whole] <= bound).all()
 
 
