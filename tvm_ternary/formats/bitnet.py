@@ -34,6 +34,22 @@ class Scaling(Enum):
     DIVIDE = "bitlinear"
 
 
+def read_scale(weight_scale: npt.ArrayLike, scaling: Scaling, *, name: str = "weight") -> npt.NDArray[np.float32]:
+    """Read a ``weight_scale``, one number, as the scale (1, 1, 1) of a tensor.
+
+    Raises
+    ------
+    LayoutError
+        If it is no positive finite number, or its reciprocal is none.
+    """
+    stored = np.asarray(weight_scale, dtype=np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        scale = np.float32(1) / stored if scaling is Scaling.DIVIDE else stored
+    if stored.size != 1 or not np.isfinite(scale).all() or not (scale > 0).all():
+        raise LayoutError(f"{name}_scale", f"{stored.tolist()}, expected one positive number")
+    return scale.reshape(1, 1, 1)
+
+
 def unpack_bitnet(
     packed: npt.NDArray[np.uint8], weight_scale: npt.ArrayLike, scaling: Scaling, *, name: str = "weight"
 ) -> TernaryTensor:
@@ -61,12 +77,7 @@ def unpack_bitnet(
     """
     if packed.dtype != np.uint8 or packed.ndim != 2:
         raise LayoutError(name, f"{packed.dtype} of shape {packed.shape}, expected packed uint8 of shape (N / 4, K)")
-    stored = np.asarray(weight_scale, dtype=np.float32)
-    if stored.size != 1 or not np.isfinite(stored).all() or not (stored > 0).all():
-        raise LayoutError(f"{name}_scale", f"{stored.tolist()}, expected one positive number")
-    scale = stored.reshape(1, 1, 1)
-    if scaling is Scaling.DIVIDE:
-        scale = np.float32(1) / scale
+    scale = read_scale(weight_scale, scaling, name=name)
     quarter, k = packed.shape
     planes = np.empty((1, 2, PER_BYTE * quarter, plane_words(k)), dtype=np.uint64)
     for rows in row_blocks(quarter, k):

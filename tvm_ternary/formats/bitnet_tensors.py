@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import LayoutError, ModelError
-from tvm_ternary.formats.bitnet import PER_BYTE, Scaling, ternarize_online, unpack_bitnet
+from tvm_ternary.formats.bitnet import PER_BYTE, Scaling, read_scale, ternarize_online, unpack_bitnet
 from tvm_ternary.formats.granularity import PerTensor
 from tvm_ternary.formats.tensor_files import Tensors
 from tvm_ternary.formats.ternary import TernaryTensor
@@ -134,8 +134,7 @@ def _read_floats(tensors: Tensors, name: str, scaling: Scaling) -> TernaryTensor
     trits = values.astype(np.int8)
     if not np.array_equal(trits, values) or np.abs(trits).max(initial=0) > 1:
         raise LayoutError(tensors.where(name), f"has a {name}{_SCALE}, but values other than -1, 0 and 1")
-    scale = tensors.load(f"{name}{_SCALE}").astype(np.float32).reshape(1, 1, 1)
-    scale = np.float32(1) / scale if scaling is Scaling.DIVIDE else scale
+    scale = read_scale(tensors.load(f"{name}{_SCALE}"), scaling, name=tensors.where(name))
     return TernaryTensor.from_trits(trits[None], scale, PerTensor())
 
 
