@@ -5,13 +5,14 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tvm.relax import op as R
 
-from tests.graph.onnx.running import Compiled, relative_error
+from tests.graph.onnx.running import Compiled, relative_error, run_onnxruntime
 from tests.graph.passes.small_graphs import make_module, random
 from tests.models import FLOAT, INT64, GraphBuilder, lstm, mlp
 from tvm_ternary.convert.batches import Batches
@@ -244,3 +245,26 @@ def test_tokens_that_the_model_has_no_rows_for_are_named() -> None:
     model = attention()
     with pytest.raises(InputError, match="sample 0, input 'ids': holds 20; expected 0 to 19"):
         calibrate(model, [{"ids": np.array([[3, 20, 1]])}], Recorder(model))
+
+
+def test_a_model_whose_dimensions_are_all_fixed() -> None:
+    model, runner = import_onnx(mlp((6, 10, 4)), dims={"batch": 3}), SegmentRunner()
+    samples = [{"x": random(3, 6, seed=i)} for i in range(2)]
+    recorder = Recorder(model)
+    calibrate(model, samples, recorder, runner=runner)
+    assert runner.runs == 2 * 2
+    assert_statistics(recorder.seen["layers.0.weight",], np.concatenate([sample["x"] for sample in samples]))
+
+
+def test_a_real_model_with_functions_of_its_own(models: Path) -> None:
+    """A module whose ``main`` calls more than operators: what a segment calls comes along."""
+    source = models / "magika" / "models" / "standard_v3_3" / "model.onnx"
+    model = import_onnx(source)
+    assert len(model.module.functions) > 1
+    segments, generator = cut(model.module), np.random.default_rng(0)
+    sample = {"bytes": generator.integers(0, 256, (1, 2048)).astype(np.int32)}
+    batches = Batches(model, segments, [sample], RUNNER)
+    for segment in segments.segments:
+        batches.advance(segment, {name: model.params[name] for name in segment.matrices})
+    (result,) = batches.values(segments.result)
+    assert relative_error(result[0].numpy(), run_onnxruntime(source, sample)[0]) < 1e-4
