@@ -162,7 +162,7 @@ class _Cutter:
         return used
 
     def _segment(self, number: int, part: _Part, last: dict[relax.Var, int]) -> Segment:
-        made = [binding.var for binding in part.bindings]
+        made = {binding.var: None for binding in part.bindings}
         read = [var for var in self._used(part.bindings) if var not in made]
         matrices = [var for var in read if var in self.matrices]
         inputs = [var for var in read if var not in self.matrices]
