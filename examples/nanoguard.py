@@ -1,11 +1,11 @@
 """A classifier of prompts, ordinary or attack, with ternary weights: does it still say the same?
 
-nanoguard has 4 layers, 512 wide, and travels as a torch checkpoint. This script makes an ONNX file and a tokenizer of
-it, and 200 prompts. It needs no torch::
+nanoguard has 4 layers, 512 wide, and travels as a torch checkpoint. This script makes an ONNX file, a tokenizer and 200
+prompts of it, without torch, and then does what these do::
 
-    python examples/fetch_models.py eval
-    python examples/nanoguard.py
-    tvm-ternary eval .cache/models/nanoguard/model.onnx --scheme t2a8g64 --metric examples/nanoguard.py:agreement
+    cd .cache/models/nanoguard
+    tvm-ternary quantize model.onnx -o t2 --scheme t2a8g64 --edges same
+    tvm-ternary eval model.onnx t2 --data prompts.npz --samples 200 --metric ../../../examples/nanoguard.py:right
 
 Every prompt is padded to 512 tokens as the package does, because padding is seen by attention.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ import nanoguard_tokenizer
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch_checkpoint
-from fetch_models import FOLDER, NANOGUARD, NANOGUARD_TOKENIZER
+from fetch_models import EVAL, FOLDER, NANOGUARD, NANOGUARD_TOKENIZER, FetchError, fetch
 from tokenizers import Tokenizer
 
 import tvm_ternary as tt
-from tvm_ternary.analysis.report import Table
+from tvm_ternary.analysis.quality_tables import evaluation_tables
 from tvm_ternary.cli.progress import show_progress
 from tvm_ternary.cli.tables import print_tables
 from tvm_ternary.files import atomic_path
@@ -37,10 +36,8 @@ from tvm_ternary.files import atomic_path
 SCHEME = "t2a8g64"
 MUST_AGREE = 0.98
 OUTPUT = FOLDER / "nanoguard"
-LABELS = ("ordinary", "attack")
 
-Array = npt.NDArray[Any]
-Run = Callable[[dict[str, Array]], Mapping[str, Array]]
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 # Ordinary requests, some of which speak of instructions, prompts and rules; and attacks, some wrapped in a task.
 ORDINARY = (
@@ -100,7 +97,7 @@ def prompts() -> list[tuple[str, int]]:
 
 
 def write_model(folder: Path = OUTPUT, models: Path = FOLDER) -> Path:
-    """Write ``model.onnx`` and ``tokenizer.json`` into a folder and give the model's path."""
+    """Write ``model.onnx``, ``tokenizer.json`` and ``prompts.npz`` into a folder and give the model's path."""
     checkpoint = torch_checkpoint.load(models / NANOGUARD)
     config = checkpoint["config"]
     model = nanoguard_graph.build(checkpoint["model_state_dict"], config)
@@ -108,72 +105,68 @@ def write_model(folder: Path = OUTPUT, models: Path = FOLDER) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "tokenizer.json") as temporary:
         temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+    with atomic_path(folder / "prompts.npz") as temporary:
+        arrays: dict[str, Any] = tokenize(tokenizer, [text for text, _ in prompts()])
+        np.savez(temporary, **arrays)
     with atomic_path(folder / "model.onnx") as temporary:
         onnx.save(model, temporary)
     return folder / "model.onnx"
 
 
-def agreement(run: Any) -> dict[str, Array | float]:
-    """Metrics for ``tvm-ternary eval``: which label each prompt gets, and the share of right ones.
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
+    """The model's inputs for texts, (texts, tokens) int64 each."""
+    encoded = tokenizer.encode_batch(list(texts))
+    return {
+        "input_ids": np.array([item.ids for item in encoded], np.int64),
+        "attention_mask": np.array([item.attention_mask for item in encoded], np.int64),
+    }
 
-    A label is a row with a one: rows that are compared with the float model's have a cosine of 1 where the labels are
-    the same and 0 elsewhere, so that the mean is the share that agrees.
+
+def right(inputs: Sequence[Arrays], outputs: Sequence[Arrays]) -> dict[str, float]:
+    """A metric for ``tvm-ternary eval``: the share of ``prompts.npz`` that gets the label it should have.
 
     Parameters
     ----------
-    run : callable
-        From inputs to outputs, both by name.
+    inputs, outputs : sequence of mappings
+        Of each sample, arrays by name.
     """
-    found = labels(run, Tokenizer.from_file(str(OUTPUT / "tokenizer.json")))
-    expected = np.array([label for _, label in prompts()])
-    return {"nanoguard labels": np.eye(2)[found], "nanoguard right": float(np.mean(found == expected))}
-
-
-def labels(run: Run, tokenizer: Tokenizer) -> Array:
-    """What a model calls each prompt, (200,) int64."""
-    encoded = tokenizer.encode_batch([text for text, _ in prompts()])
-    logits = [
-        run({"input_ids": np.array([item.ids]), "attention_mask": np.array([item.attention_mask])})["logits"]
-        for item in encoded
+    with np.load(OUTPUT / "prompts.npz") as known:
+        labels = {ids.tobytes(): label for ids, (_, label) in zip(known["input_ids"], prompts(), strict=True)}
+    hits = [
+        output["logits"].argmax() == labels[sample["input_ids"].tobytes()]
+        for sample, output in zip(inputs, outputs, strict=True)
     ]
-    found: Array = np.concatenate(logits).argmax(axis=1)
-    return found
+    return {"right labels": float(np.mean(hits))}
 
 
-def float_model(path: Path, threads: int) -> Run:
-    """The ONNX file in onnxruntime."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: {"logits": session.run(["logits"], inputs)[0]}
-
-
-def ternary_model(path: Path, scheme: str, threads: int) -> Run:
-    """The same, compiled with every matrix but the head in ternary."""
-    library = path.with_name(f"{scheme}.so")
+def compare(model: Path, scheme: str, samples: int, threads: int | None) -> float:
+    """Quantize, evaluate, print the tables, and give the share of prompts whose label stays the same."""
+    quantized = model.with_name(scheme)
     with show_progress(quiet=False) as progress:
-        tt.compile(path, library, scheme=scheme, layers=["transformer.*"], progress=progress)
-    module = tt.load(library, threads=threads)
-    return lambda inputs: {"logits": module.run(["logits"], inputs)[0]}
+        tt.quantize_model(model, quantized, scheme=scheme, edges="same", overwrite=True, progress=progress)
+        evaluation = tt.evaluate(
+            model,
+            quantized,
+            data=model.with_name("prompts.npz"),
+            samples=samples,
+            metric=right,
+            threads=threads,
+            progress=progress,
+        )
+    print_tables(evaluation_tables(evaluation))
+    (output,) = evaluation.candidates[0].outputs
+    assert output.logits is not None
+    return output.logits.top1_agreement
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", default=SCHEME, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: one a core")
     args = parser.parse_args()
-    path = write_model()
-    tokenizer = Tokenizer.from_file(str(OUTPUT / "tokenizer.json"))
-    expected = np.array([label for _, label in prompts()])
-    float_labels = labels(float_model(path, args.threads), tokenizer)
-    ternary_labels = labels(ternary_model(path, args.scheme, args.threads), tokenizer)
-    same = float(np.mean(float_labels == ternary_labels))
-    rows = [
-        (name, *(f"{np.mean(found[expected == label] == label):.3f}" for label in (0, 1)))
-        for name, found in (("float, onnxruntime", float_labels), (f"ternary, {args.scheme}", ternary_labels))
-    ]
-    print_tables([Table(("", "ordinary called so", "attacks called so"), tuple(rows), frozenset({1, 2}))])
-    print(f"{path}: {args.scheme} agrees with float on {same:.1%} of {len(expected)} prompts")
+    fetch(EVAL)
+    same = compare(write_model(), args.scheme, len(prompts()), args.threads)
+    print(f"\n{args.scheme} agrees with float on {same:.1%} of {len(prompts())} prompts")
     if same < MUST_AGREE:
         print(f"error: expected {MUST_AGREE:.0%}", file=sys.stderr)
         return 1
@@ -183,5 +176,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (tt.TernaryError, OSError) as error:
+    except (tt.TernaryError, FetchError, OSError) as error:
         sys.exit(f"error: {error}")

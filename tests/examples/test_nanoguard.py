@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import torch_checkpoint
 from fetch_models import NANOGUARD, NANOGUARD_TOKENIZER
 
 from tvm_ternary.errors import ModelError
-from tvm_ternary.runtime.artifact import read_artifact
 
 SMALL = {"vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_len": 24}
 
@@ -110,18 +110,33 @@ def test_real_weights(checkpoint: Any, model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ternary_sees_attacks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = nanoguard.prompts()[5::40]
-    assert [label for _, label in chosen] == [0, 0, 0, 1, 1]
+def test_ternary_gives_the_same_labels(
+    checkpoint: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One block, and prompts shorter than the package pads to, for the time it takes.
+    config = checkpoint["config"] | {"n_layer": 1}
+    onnx.save(nanoguard_graph.build(checkpoint["model_state_dict"], config), tmp_path / "model.onnx")
+    tokenizer = nanoguard_tokenizer.load(models / NANOGUARD_TOKENIZER, 48)
+    chosen = nanoguard.prompts()[5::60]
+    assert [label for _, label in chosen] == [0, 0, 1, 1]
     monkeypatch.setattr(nanoguard, "prompts", lambda: chosen)
-    tokenizer = nanoguard.Tokenizer.from_file(str(model.with_name("tokenizer.json")))
-    # Shorter than the package pads to, for the time it takes.
-    tokenizer.enable_padding(length=64)
-    run = nanoguard.ternary_model(model, "t2a8g64", threads=1)
-    expected = nanoguard.labels(nanoguard.float_model(model, threads=1), tokenizer)
-    assert nanoguard.labels(run, tokenizer).tolist() == expected.tolist()
-    layers = read_artifact(model.with_name("t2a8g64.so")).manifest.layers
-    assert sum(layer.became == "ternary" for layer in layers) == 24
+    monkeypatch.setattr(nanoguard, "OUTPUT", tmp_path)
+    np.savez(tmp_path / "prompts.npz", **nanoguard.tokenize(tokenizer, [text for text, _ in chosen]))
+    assert nanoguard.compare(tmp_path / "model.onnx", "t2a8g64", samples=4, threads=1) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"t2a8g64 +6 of \d+ ", printed)
+    assert "right labels" in printed
+
+
+def test_right_labels_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanoguard, "prompts", lambda: [("a", 0), ("b", 1), ("c", 1)])
+    monkeypatch.setattr(nanoguard, "OUTPUT", tmp_path)
+    ids = np.array([[1, 5], [2, 5], [3, 5]])
+    np.savez(tmp_path / "prompts.npz", input_ids=ids)
+    # In another order, and one of them wrong.
+    inputs = [{"input_ids": ids[i : i + 1]} for i in (2, 0, 1)]
+    outputs = [{"logits": np.array([logits])} for logits in ([0.0, 1.0], [3.0, 2.0], [1.0, -1.0])]
+    assert nanoguard.right(inputs, outputs) == {"right labels": pytest.approx(2 / 3)}
 
 
 def test_prompts_are_all_different() -> None:
