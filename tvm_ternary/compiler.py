@@ -6,49 +6,37 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm
-from tvm import relax
 
 from tvm_ternary.build.artifact import build_artifact
+from tvm_ternary.build.describe import constant_bytes, describe, describe_cuda, describe_kernels
 from tvm_ternary.build.executable import build_executable, cuda_source
-from tvm_ternary.build.nvcc import CudaCode, Nvcc, compile_fatbin, find_nvcc
-from tvm_ternary.build.weights import describe_weights, weights_lie_beside
+from tvm_ternary.build.nvcc import compile_fatbin, find_nvcc
+from tvm_ternary.build.weights import weights_lie_beside
 from tvm_ternary.convert.first import quantized_first
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
 from tvm_ternary.formats import SHARED_SCALES, Scheme, TernaryTensor, with_shared_scales
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.quantize_tables import QuantizedTables, quantize_tables
+from tvm_ternary.graph.passes.quantize_tables import quantize_tables
 from tvm_ternary.graph.passes.ternarize import TernaryLayer
-from tvm_ternary.graph.pipeline import LoweredModel, dump_to, is_static, lower
+from tvm_ternary.graph.pipeline import dump_to, is_static, lower
 from tvm_ternary.graph.quantized import is_quantized, read_config
-from tvm_ternary.graph.source import import_model, model_digest
-from tvm_ternary.kernels.shape import MatmulShape
+from tvm_ternary.graph.source import import_model
 from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.config import require_embeddings
 from tvm_ternary.quantize.methods import find_method
 from tvm_ternary.quantize.plan import LayerPlan, make_plan
 from tvm_ternary.quantize.settled import settled_plan
-from tvm_ternary.quantize.tables import row_bits
 from tvm_ternary.runtime.artifact import read_artifact
-from tvm_ternary.runtime.manifest import (
-    FunctionInfo,
-    KernelInfo,
-    LayerInfo,
-    Manifest,
-    ModelInfo,
-    SizesInfo,
-    TargetInfo,
-)
+from tvm_ternary.runtime.manifest import Manifest
 from tvm_ternary.schedule.records import open_logs
-from tvm_ternary.target import Target, resolve
+from tvm_ternary.target import resolve
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and of how many."""
@@ -212,7 +200,7 @@ def compile(
         with stages.stage("lower"):
             size = sum(layer.packed_bytes for layer in quantized.values())
             size += sum(4 * n * k for name, (n, k) in imported.shapes.items() if name not in quantized)
-            size += sum(_bytes(table) for table in tables.tables.values())
+            size += sum(constant_bytes(table) for table in tables.tables.values())
             beside = weights_lie_beside(size, weights)
             changed = replace(imported, module=tables.module, tables=tables.tables, params=_rest(imported, quantized))
             lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
@@ -226,10 +214,10 @@ def compile(
             cuda = compile_fatbin(code, resolved.archs, nvcc)
     with stages.stage("link"):
         params = lowered.ternary.params
-        manifest = _manifest(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
+        manifest = describe(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
         if nvcc is not None:
             manifest = replace(
-                manifest, target=_cuda_info(resolved, nvcc, cuda), kernels=_kernel_info(cuda), graph=graph
+                manifest, target=describe_cuda(resolved, nvcc, cuda), kernels=describe_kernels(cuda), graph=graph
             )
         fatbin = cuda.fatbin if cuda is not None else None
         path = build_artifact(executable, manifest, destination, params if beside else None, fatbin)
@@ -290,114 +278,6 @@ def _as_it_is(stored: TernaryTensor, scheme: Scheme) -> tuple[TernaryTensor, flo
     """
     weight = with_shared_scales(stored) if scheme.activation_bits in SHARED_SCALES else stored
     return weight, 0.0 if weight is stored else quantization_error(stored.dequantize(), weight)
-
-
-def _manifest(
-    imported: ImportedModel,
-    source: Path,
-    plan: Sequence[LayerPlan],
-    layers: Mapping[str, TernaryLayer],
-    errors: Mapping[str, float],
-    tables: QuantizedTables,
-    lowered: LoweredModel,
-    target: Target,
-    scheme: str,
-) -> Manifest:
-    params, kernels = lowered.ternary.params, lowered.ternary.kernels
-    before = sum(4 * n * k for n, k in imported.shapes.values()) + _constant_bytes(imported.module)
-    after = sum(array.nbytes for array in params.values()) + _constant_bytes(lowered.ternary.module)
-    return Manifest(
-        model=ModelInfo(imported.name, source.resolve().name, model_digest(source)),
-        inputs=imported.inputs,
-        outputs=imported.outputs,
-        bounds=imported.bounds,
-        scheme=scheme,
-        layers=(
-            *(_layer(row, layers.get(row.name), errors.get(row.name), params, lowered) for row in plan),
-            *(_table(name, imported, tables) for name in imported.embeddings),
-            *(
-                LayerInfo(name, shape, "float32", None, 32.0, None, None, "rule", None, reason)
-                for name, (shape, reason) in imported.others.items()
-                if name not in imported.embeddings
-            ),
-        ),
-        functions=tuple(FunctionInfo(name, kernels.get(name), who) for name, who in lowered.schedules.items()),
-        target=TargetInfo(target.name, dict(target.tvm), tuple(sorted(target.features))),
-        versions={name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
-        weights=describe_weights(params),
-        sizes=SizesInfo(before, after),
-    )
-
-
-def _cuda_info(target: Target, nvcc: Nvcc, code: CudaCode | None) -> TargetInfo:
-    """A model without any kernel has no machine code either, but still runs where its memory is."""
-    return TargetInfo(
-        target.name,
-        dict(target.tvm),
-        tuple(sorted(target.features)),
-        device=target.kind,
-        archs=target.archs,
-        ptx=target.archs[-1] if code is not None else None,
-        cuda=".".join(nvcc.version.split(".")[:2]),
-    )
-
-
-def _kernel_info(cuda: CudaCode | None) -> tuple[KernelInfo, ...]:
-    used = cuda.kernels if cuda is not None else ()
-    return tuple(KernelInfo(k.kernel, k.arch, k.registers, k.shared_bytes, k.local_bytes, k.spill_bytes) for k in used)
-
-
-def _layer(
-    row: LayerPlan,
-    layer: TernaryLayer | None,
-    error: float | None,
-    params: Mapping[str, npt.NDArray[Any]],
-    lowered: LoweredModel,
-) -> LayerInfo:
-    if layer is None:
-        return LayerInfo(row.name, row.shape, "float32", None, 32.0, None, None, "rule", None, row.reason)
-    kernel = layer.kernel.matmul
-    constants = kernel.constants(MatmulShape.of(layer.weight))
-    stored = sum(params[f"{row.name}.{operand}"].nbytes for operand in constants)
-    return LayerInfo(
-        name=row.name,
-        shape=row.shape,
-        became="ternary",
-        scheme=str(layer.scheme),
-        bits_per_weight=8 * stored / (row.shape[0] * row.shape[1]),
-        kernel=kernel.name,
-        layout=kernel.layout,
-        schedule=lowered.ternary.matrices[row.name],
-        error=error,
-        reason=None,
-        epilogue="; ".join(sorted({str(e) for e in lowered.ternary.epilogues[row.name] if str(e)})) or None,
-    )
-
-
-def _table(name: str, imported: ImportedModel, tables: QuantizedTables) -> LayerInfo:
-    shape = imported.embeddings[name]
-    if name in tables.errors:
-        bits, error = row_bits(shape[1]), tables.errors[name]
-        return LayerInfo(name, shape, "int8", None, bits, None, None, "rule", error, None)
-    _, used = imported.others.get(name, (shape, "a float table, read by rows"))
-    return LayerInfo(name, shape, "float32", None, 32.0, None, None, "rule", None, tables.kept.get(name, used))
-
-
-def _constant_bytes(module: tvm.IRModule) -> int:
-    """Bytes of the constants inside ``main``: biases, norms, tables."""
-    sizes: dict[Any, int] = {}
-
-    def visit(expr: relax.Expr) -> None:
-        if isinstance(expr, tvm.ir.GenericConst):
-            sizes[expr] = _bytes(expr)
-
-    relax.analysis.post_order_visit(module["main"], visit)
-    return sum(sizes.values())
-
-
-def _bytes(constant: relax.Expr) -> int:
-    array = constant.value
-    return int(np.prod(array.shape, dtype=np.int64)) * np.dtype(str(array.dtype)).itemsize
 
 
 @dataclass

@@ -23,9 +23,10 @@ from tvm_ternary.errors import ModelError, OptionError, OutputError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.models.gguf import GGUF
 from tvm_ternary.graph.onnx.data import data_files
 from tvm_ternary.graph.quantized import is_quantized, read_config
-from tvm_ternary.graph.source import GGUF, import_model
+from tvm_ternary.graph.source import import_model
 from tvm_ternary.quantize.config import LayerQuantizationConfig
 from tvm_ternary.quantize.plan import LayerPlan
 
@@ -165,7 +166,8 @@ def quantize_model(
         planned = tuple(described(row, None) for row in rows.values())
         return QuantizedModel(None, planned, time.perf_counter() - started)
     # A checkpoint's own dimensions stay free: only a graph is changed by what is fixed here.
-    options = {**chosen.to_dict(), "samples": None if inputs is None else len(inputs), "seed": seed}
+    given = {"samples": None if inputs is None else len(inputs), "seed": seed}
+    options = {**chosen.to_dict(), **given, "target_bpw": target_bpw, "max_error": max_error}
     job = {
         "model": _stamp(source, imported),
         "plan": {name: str(row.scheme) for name, row in rows.items()},
