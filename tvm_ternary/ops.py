@@ -124,7 +124,7 @@ def linear(
     OptionError
         If an option names something that does not exist.
     InputError
-        If the weight is empty or the bias does not have N values.
+        If the weight is empty or for transformed inputs, or the bias does not have N values.
     HostError
         If this host cannot run the target's code.
     """
@@ -135,6 +135,8 @@ def linear(
         raise OptionError(f"epilogue {epilogue!r}", f"does not exist; expected one of {', '.join(EPILOGUES)}")
     if 0 in weight.shape:
         raise InputError("linear", f"weight has shape {weight.shape}; expected at least one row and one column")
+    if weight.transform is not None:
+        raise InputError("linear", "weight is for transformed inputs; expected one for inputs as they are")
     values = None if bias is None else np.asarray(bias, dtype=np.float32, order="C")
     if values is not None and values.shape != weight.shape[:1]:
         raise InputError("linear", f"bias has shape {values.shape}; expected {weight.shape[:1]}")

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from safetensors.numpy import save_file
 
 from tvm_ternary.errors import LayoutError, ModelError, OutputError
 from tvm_ternary.formats import PerChannel, PerGroup, TernaryTensor, load_metadata, load_tensors, save_tensors
+from tvm_ternary.formats.checkpoint import CheckpointFile
+from tvm_ternary.formats.transform import InputTransform
+from tvm_ternary.quantize import quantize
 
 from .strategies import assert_same, tensors
 
@@ -242,3 +246,19 @@ def test_the_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("scale", [None, np.exp2(np.arange(70) % 5 - 2).astype(np.float32)])
+@pytest.mark.parametrize("rotation", [None, 32])
+def test_transforms_of_inputs_come_back(tmp_path: Path, scale: np.ndarray | None, rotation: int | None) -> None:
+    weight = quantize(np.random.default_rng(0).standard_normal((5, 70)).astype(np.float32), "t2a8g32")
+    transform = InputTransform(scale, rotation)
+    save_tensors(tmp_path / "a", {"w": replace(weight, transform=transform)})
+    whole, mapped = load_tensors(tmp_path / "a")["w"], CheckpointFile(tmp_path / "a")["w"]
+    for got in (whole, mapped):
+        assert isinstance(got, TernaryTensor)
+        assert got.transform is not None
+        assert got.transform.key == transform.key
+        np.testing.assert_allclose(got.dequantize(), transform.restore(weight.dequantize()), rtol=1e-6)
+    save_tensors(tmp_path / "b", {"w": whole})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -7,9 +7,9 @@ import pytest
 import tvm
 
 from tests.ternary_matmul import TARGETS, UNIT, build, runnable
+from tvm_ternary.formats.hadamard import hadamard
 from tvm_ternary.kernels.activations import PARALLEL_ROWS
 from tvm_ternary.kernels.hadamard import hadamard_rows
-from tvm_ternary.formats.hadamard import hadamard
 
 # Blocks below, at and above a vector, with an odd and an even number of longer butterflies; tails and rows too short.
 SIZES = [

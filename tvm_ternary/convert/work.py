@@ -13,11 +13,13 @@ from tvm_ternary.convert.parts import Part, Parts
 from tvm_ternary.convert.stream import calibrate
 from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.formats.checkpoint import CheckpointFile
+from tvm_ternary.formats.transform import InputTransform
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.quantize.config import LayerQuantizationConfig
 from tvm_ternary.quantize.fit import fit_matrix, metric_of
 from tvm_ternary.quantize.observers import Statistics
 from tvm_ternary.quantize.plan import LayerPlan, packed_bits
+from tvm_ternary.quantize.transformed import choose_transform, transform_statistics
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how many of its steps are done, and of how many."""
@@ -142,6 +144,9 @@ class Work:
     def _fitted(
         self, names: list[str], statistics: Statistics | None
     ) -> tuple[dict[str, TernaryTensor], dict[str, dict[str, Any]]]:
+        transform = self._transform(names, statistics)
+        if transform is not None and statistics is not None:
+            statistics = transform_statistics(statistics, transform)
         metric = None
         if statistics is not None and statistics.hessian is not None and self.recipe.compensate:
             metric = metric_of(statistics, self.recipe)
@@ -150,8 +155,10 @@ class Work:
         for name in names:
             scheme = self.rows[name].scheme
             assert scheme is not None
-            fit = fit_matrix(self.model.params[name].T, scheme, self.recipe, statistics, metric=metric, name=name)
-            weights[name] = fit.weight
+            w = self.model.params[name].T
+            w = w if transform is None else transform.weight(w)
+            fit = fit_matrix(w, scheme, self.recipe, statistics, metric=metric, name=name)
+            weights[name] = replace(fit.weight, transform=transform)
             results[name] = {
                 "error": fit.error,
                 "output_error": fit.output_error,
@@ -160,6 +167,14 @@ class Work:
                 "notes": list(fit.notes),
             }
         return weights, results
+
+    def _transform(self, names: list[str], statistics: Statistics | None) -> InputTransform | None:
+        """What is done to the input that matrices share."""
+        scheme = self.rows[names[0]].scheme
+        assert scheme is not None
+        if not (self.recipe.scaling or self.recipe.rotation):
+            return None
+        return choose_transform([self.model.params[name].T for name in names], scheme, self.recipe, statistics)
 
 
 class _Params(Mapping[str, npt.NDArray[np.float32]]):

@@ -1,9 +1,9 @@
 """Ternary tensors in a safetensors file.
 
-A tensor ``name`` is stored as ``name.planes`` and ``name.scale``, a plain array under its own name. One metadata entry,
-``tvm_ternary``, holds JSON: the format's version, shape and granularity of each ternary tensor, a CRC-32 of each stored
-array, what the caller added, and a CRC-32 of all this. It is one entry because safetensors writes several in no fixed
-order, and equal content must give equal bytes.
+A tensor ``name`` is stored as ``name.planes`` and ``name.scale``, and ``name.input_scale`` if it has one; a plain array
+under its own name. One metadata entry, ``tvm_ternary``, holds JSON: the format's version, shape, granularity and
+transform of each ternary tensor, a CRC-32 of each stored array, what the caller added, and a CRC-32 of all this. It is
+one entry because safetensors writes several in no fixed order, and equal content must give equal bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tvm_ternary.errors import LayoutError, ModelError, OptionError
 from tvm_ternary.files import atomic_path
 from tvm_ternary.formats.scheme import granularity_from_suffix
 from tvm_ternary.formats.ternary import TernaryTensor
+from tvm_ternary.formats.transform import InputTransform
 
 FORMAT_VERSION = 1
 
@@ -93,16 +94,26 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, TernaryTensor | npt.
             raise _damaged(path, f"{name} does not match its checksum")
     out: dict[str, TernaryTensor | npt.NDArray[Any]] = {}
     for name, description in header["tensors"].items():
-        planes, scale = (arrays.pop(f"{name}.{part}", None) for part in ("planes", "scale"))
-        out[name] = _ternary(path, name, description, planes, scale)
+        parts = [arrays.pop(f"{name}.{part}", None) for part in _parts(description)]
+        out[name] = _ternary(path, name, description, parts)
     out.update(arrays)
     return dict(sorted(out.items()))
 
 
-def _ternary(path: str | os.PathLike[str], name: str, description: Any, planes: Any, scale: Any) -> TernaryTensor:
+def _parts(description: Any) -> tuple[str, ...]:
+    """What the arrays of a ternary tensor are called behind its name."""
+    scaled = isinstance(description, dict) and description.get("transform", {}).get("scaled", False)
+    return ("planes", "scale", "input_scale") if scaled else ("planes", "scale")
+
+
+def _ternary(path: str | os.PathLike[str], name: str, description: Any, parts: list[Any]) -> TernaryTensor:
     try:
         shape = (description["shape"][0], description["shape"][1])
-        return TernaryTensor(planes, scale, shape, granularity_from_suffix(description["granularity"]))
+        transform = None
+        if "transform" in description:
+            transform = InputTransform(parts[2] if len(parts) > 2 else None, description["transform"]["rotation"])
+        granularity = granularity_from_suffix(description["granularity"])
+        return TernaryTensor(parts[0], parts[1], shape, granularity, transform)
     except (LayoutError, OptionError) as error:
         raise LayoutError(f"{os.fspath(path)}: {name}", f"{error.subject}: {error.problem}", error.hint) from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -127,7 +138,7 @@ class CheckpointFile(Mapping[str, TernaryTensor | npt.NDArray[Any]]):
             size = int.from_bytes(file.read(8), "little")
             self._entries = json.loads(file.read(size))
             self._start = 8 + size
-        parts = {f"{name}.{part}" for name in self._ternary for part in ("planes", "scale")}
+        parts = {f"{name}.{part}" for name, described in self._ternary.items() for part in _parts(described)}
         if not parts <= self._crc32.keys():
             raise _damaged(path, "it does not hold the arrays that its description names")
         self._names = sorted({*self._ternary, *(self._crc32.keys() - parts)})
@@ -135,8 +146,8 @@ class CheckpointFile(Mapping[str, TernaryTensor | npt.NDArray[Any]]):
     def __getitem__(self, name: str) -> TernaryTensor | npt.NDArray[Any]:
         if name not in self._ternary:
             return self._array(name)
-        planes, scale = self._array(f"{name}.planes"), self._array(f"{name}.scale")
-        return _ternary(self.path, name, self._ternary[name], planes, scale)
+        described = self._ternary[name]
+        return _ternary(self.path, name, described, [self._array(f"{name}.{part}") for part in _parts(described)])
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -194,6 +205,11 @@ def _flatten(
         if isinstance(tensor, TernaryTensor):
             described[name] = {"shape": [int(size) for size in tensor.shape], "granularity": tensor.granularity.suffix}
             parts = {f"{name}.planes": tensor.planes, f"{name}.scale": tensor.scale}
+            if tensor.transform is not None:
+                scaled = tensor.transform.scale is not None
+                described[name]["transform"] = {"rotation": tensor.transform.rotation, "scaled": scaled}
+                if tensor.transform.scale is not None:
+                    parts[f"{name}.input_scale"] = tensor.transform.scale
         else:
             parts = {name: tensor}
         for part, array in parts.items():

@@ -104,7 +104,10 @@ def save_folder(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 
 
 
 def _parts(name: str, tensor: Tensor) -> tuple[str, ...]:
-    return (f"{name}.planes", f"{name}.scale") if isinstance(tensor, TernaryTensor) else (name,)
+    if not isinstance(tensor, TernaryTensor):
+        return (name,)
+    scaled = tensor.transform is not None and tensor.transform.scale is not None
+    return tuple(f"{name}.{part}" for part in ("planes", "scale", *(["input_scale"] if scaled else [])))
 
 
 def _shards(folder: Path) -> list[str]:

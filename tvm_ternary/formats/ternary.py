@@ -11,6 +11,7 @@ from tvm_ternary.errors import LayoutError
 from tvm_ternary.formats.granularity import Granularity, row_blocks
 from tvm_ternary.formats.planes import WORD_BITS, pack_planes, plane_words, unpack_planes
 from tvm_ternary.formats.scheme import MAX_PLANES
+from tvm_ternary.formats.transform import InputTransform
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class TernaryTensor:
         N (out_features) and K (in_features).
     granularity : Granularity
         Which weights share a scale.
+    transform : InputTransform, optional
+        What becomes of its inputs before they are multiplied by the planes.
 
     Raises
     ------
@@ -41,6 +44,7 @@ class TernaryTensor:
     scale: npt.NDArray[np.float32]
     shape: tuple[int, int]
     granularity: Granularity
+    transform: InputTransform | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -92,6 +96,9 @@ class TernaryTensor:
             raise LayoutError("scale", f"{self.scale.dtype} of shape {self.scale.shape}, expected {wanted}")
         if not np.isfinite(self.scale).all():
             raise LayoutError("scale", "holds NaN or infinity, expected finite values")
+        scale_of = self.transform.scale if self.transform is not None else None
+        if scale_of is not None and scale_of.shape != (k,):
+            raise LayoutError("input scale", f"shape {scale_of.shape}, expected ({k},)")
         if (self.planes[:, 0] & self.planes[:, 1]).any():
             raise LayoutError("planes", "a weight is marked both plus and minus, expected one of them at most")
         if k % WORD_BITS and (self.planes[..., -1] >> np.uint64(k % WORD_BITS)).any():
@@ -112,7 +119,8 @@ class TernaryTensor:
         Returns
         -------
         (N, K) float32
-            scale[0] * trits[0] + scale[1] * trits[1] + ..., each product and each sum rounded to float32 in this order.
+            scale[0] * trits[0] + scale[1] * trits[1] + ..., each product and each sum rounded to float32 in this order;
+            where inputs are transformed, with that taken back, so that it is the matrix for inputs as they are.
         """
         n, k = self.shape
         start, stop, step = rows.indices(n)
@@ -127,6 +135,8 @@ class TernaryTensor:
                     out[block] = trits
                 else:
                     out[block] += trits
+            if self.transform is not None:
+                out[block] = self.transform.restore(out[block])
         return out
 
     @property

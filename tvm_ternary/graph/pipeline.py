@@ -72,7 +72,7 @@ def lower(
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
-    transforms = {name: layer.transform for name, layer in layers.items() if layer.transform is not None}
+    transforms = {name: t for name, layer in layers.items() if (t := layer.weight.transform) is not None}
     module = transform_inputs(module, transforms, target)
     rotations = [name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False)]
     ternary = ternarize(module, params, layers, target, logs)

@@ -18,7 +18,7 @@ from tvm_ternary.kernels.matmul import Expr
 
 
 def hadamard_rows(k: int, block: int) -> tirx.PrimFunc:
-    """The scheduled function ``(x, y)`` for any number of rows; it computes `quantize.hadamard.hadamard`.
+    """The scheduled function ``(x, y)`` for any number of rows; it computes `formats.hadamard.hadamard`.
 
     Parameters
     ----------

@@ -112,7 +112,7 @@ def fit_matrix(
     if statistics is None or hessian is None or not recipe.compensate or isinstance(scheme.granularity, PerTensor):
         return Fit(plain, quantization_error(w, plain), _output_error(w, plain, hessian))
     metric = metric or metric_of(statistics, recipe)
-    target = w if metric.shift is None else w + w @ metric.shift
+    target = w if metric.shift is None else np.asarray(w + w @ metric.shift, dtype=np.float32)
     fitted = _tensor(*_compensated(target, levels, recipe, metric), scheme)
     before, after = (_output_error(target, weight, hessian) for weight in (plain, fitted))
     notes = _notes(metric, recipe, statistics)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tvm_ternary.errors import OptionError
+from tvm_ternary.formats.hadamard import require_block
 from tvm_ternary.quantize.methods import METHODS
 
 LEVELS = "planes"
@@ -30,6 +31,11 @@ class Recipe:
         Passes of coordinate descent, each behind a solution for the scales; 0 leaves what the first pass chose.
     correct_inputs : float
         0 to 1: how far a matrix makes up for what quantizing those before it did to its inputs.
+    scaling : bool
+        Whether inputs are scaled channel by channel for the smallest rounding error, with calibration data (AWQ); the
+        scale goes into the norm before where that is possible, and is applied at run time elsewhere.
+    rotation : int
+        Block of a Walsh-Hadamard transform of the inputs, at run time: a power of two, 0 for none.
 
     Raises
     ------
@@ -43,6 +49,8 @@ class Recipe:
     damping: float = 0.01
     sweeps: int = 3
     correct_inputs: float = 0.5
+    scaling: bool = False
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         if self.method != LEVELS and self.method not in METHODS:
@@ -56,3 +64,5 @@ class Recipe:
             raise OptionError(
                 "option correct_inputs", f"{self.correct_inputs!r}, expected 0 to 1", "the default is 0.5"
             )
+        if self.rotation:
+            require_block(self.rotation)

@@ -14,10 +14,10 @@ from tvm.relax import op
 from tests.ternary_matmul import NATIVE, UNIT
 from tvm_ternary.build.executable import build_executable
 from tvm_ternary.errors import LayoutError
+from tvm_ternary.formats.hadamard import hadamard
+from tvm_ternary.formats.transform import InputTransform
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.graph.passes.transform_inputs import transform_inputs
-from tvm_ternary.quantize.hadamard import hadamard
-from tvm_ternary.quantize.transform import InputTransform
 from tvm_ternary.schedule.cpu import schedule_module
 from tvm_ternary.target import resolve
 

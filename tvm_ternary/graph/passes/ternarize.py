@@ -24,7 +24,6 @@ from tvm_ternary.kernels.matmul import Epilogue
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import TernaryKernel
 from tvm_ternary.quantize.plan import packed_bits
-from tvm_ternary.quantize.transform import InputTransform
 from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
@@ -34,14 +33,13 @@ from tvm_ternary.target import Target
 class TernaryLayer:
     """A quantized matrix, the bits of the activations that it is to be multiplied by, and how its trits are packed.
 
-    With a ``transform`` the matrix is for inputs that `transform_inputs` has transformed.
+    One with a transform is for inputs that `transform_inputs` has transformed.
     """
 
     weight: TernaryTensor
     activation_bits: int
     packing: str = "fast"
     bfloat: bool = False
-    transform: InputTransform | None = None
 
     @property
     def code(self) -> dispatch.Layer:

@@ -16,9 +16,9 @@ from tvm import relax
 from tvm.ir import Op
 
 from tvm_ternary.errors import LayoutError
+from tvm_ternary.formats.hadamard import hadamard_matrix
+from tvm_ternary.formats.transform import InputTransform
 from tvm_ternary.kernels.hadamard import hadamard_rows
-from tvm_ternary.quantize.hadamard import hadamard_matrix
-from tvm_ternary.quantize.transform import InputTransform
 from tvm_ternary.target import Target
 
 MATMUL, RESHAPE, MULTIPLY, ADD = (Op.get(f"relax.{name}") for name in ("matmul", "reshape", "multiply", "add"))

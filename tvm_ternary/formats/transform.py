@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import LayoutError
-from tvm_ternary.quantize.hadamard import hadamard, require_block
+from tvm_ternary.formats.hadamard import hadamard, require_block
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class InputTransform:
     scale : (K,) float32, optional
         Positive; x is multiplied by it.
     rotation : int, optional
-        Block of the Walsh-Hadamard transform that follows (`quantize.hadamard`).
+        Block of the Walsh-Hadamard transform that follows (`formats.hadamard`).
 
     Raises
     ------
@@ -66,3 +66,8 @@ class InputTransform:
         """The weight (N, K) for transformed inputs: ``apply(x) @ weight(w).T`` is x w^T, up to rounding."""
         scaled = w if self.scale is None else w / self.scale.astype(w.dtype)
         return scaled if self.rotation is None else hadamard(scaled, self.rotation)
+
+    def restore(self, w: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """The weight (N, K) for inputs as they are; takes back what `weight` does."""
+        turned = w if self.rotation is None else hadamard(w, self.rotation)
+        return turned if self.scale is None else turned * self.scale.astype(w.dtype)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tvm_ternary.errors import LayoutError, OptionError
-from tvm_ternary.quantize.hadamard import MOST_BLOCK, hadamard, hadamard_matrix
-from tvm_ternary.quantize.transform import InputTransform
+from tvm_ternary.formats.hadamard import MOST_BLOCK, hadamard, hadamard_matrix
+from tvm_ternary.formats.transform import InputTransform
 
 
 def kronecker(size: int) -> np.ndarray:
