@@ -126,7 +126,7 @@ def with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
 def _is_large(node: onnx.NodeProto) -> bool:
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.attribute[0].name != "value":
         return False
-    return node.attribute[0].t.ByteSize() > INLINE_BYTES
+    return bool(node.attribute[0].t.ByteSize() > INLINE_BYTES)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
