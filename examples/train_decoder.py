@@ -5,7 +5,7 @@ numpy alone, some minutes on two cores. It becomes a checkpoint folder as Huggin
 
     python examples/train_decoder.py
     cd .cache/models/decoder
-    tvm-ternary quantize . -o t2 --scheme t2a8g64 --edges same
+    tvm-ternary quantize . -o t2 --scheme t2a8g64 --edges same --calibration calibration.npz
     tvm-ternary eval . t2 --data held_out.npz --samples 256
 
 Ctrl-C stops it; the next call goes on from the last hundred steps, and ends with the same numbers as if it had not been
