@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tvm_ternary.evaluation.evaluate import evaluate as evaluate
     from tvm_ternary.formats.scheme import Scheme as Scheme
     from tvm_ternary.formats.ternary import TernaryTensor as TernaryTensor
+    from tvm_ternary.quantize.config import LayerQuantizationConfig as LayerQuantizationConfig
     from tvm_ternary.quantize.quantizer import quantize as quantize
     from tvm_ternary.runtime.module import Module as Module
     from tvm_ternary.runtime.module import load as load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Public name -> the module that holds it.
 _HOMES = {
     "Artifact": "tvm_ternary.compiler",
+    "LayerQuantizationConfig": "tvm_ternary.quantize.config",
     "Module": "tvm_ternary.runtime.module",
     "QuantizedModel": "tvm_ternary.convert.job",
     "Scheme": "tvm_ternary.formats.scheme",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "LayerQuantizationConfig",
     "Module",
     "QuantizedModel",
     "Scheme",

@@ -41,6 +41,8 @@ class QuantizedLayer:
         What decided.
     error, output_error : float or None
         Relative Frobenius norms of the error of the weights, and of their products with the calibration data.
+    plain_output_error : float or None
+        What the output error would be without compensation; None where there was none.
     notes : tuple of str
         What a user should know.
     """
@@ -52,6 +54,7 @@ class QuantizedLayer:
     why: str
     error: float | None = None
     output_error: float | None = None
+    plain_output_error: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +74,7 @@ def described(row: LayerPlan, result: Mapping[str, Any] | None) -> QuantizedLaye
         row.rule,
         measured.get("error"),
         measured.get("output_error"),
+        measured.get("plain_output_error"),
         tuple(measured.get("notes", ())),
     )
 
