@@ -36,7 +36,10 @@ def build(weights: Arrays, config: Mapping[str, Any]) -> onnx.ModelProto:
     graph = _Graph(weights)
     embedded = graph.add("Gather", graph.weight("transformer.wte.weight"), "input_ids")
     first = x = graph.rms_norm(embedded)
-    angles = [graph.positions(table) for table in rotary_tables(config)]
+    angles = [
+        graph.positions(table, name)
+        for table, name in zip(rotary_tables(config), ("rotary.cos", "rotary.sin"), strict=True)
+    ]
     for i in range(config["n_layer"]):
         kept, mixed = (graph.constant(float(weights[name][i])) for name in ("resid_lambdas", "x0_lambdas"))
         x = graph.add("Add", graph.add("Mul", kept, x), graph.add("Mul", mixed, first))
@@ -91,10 +94,10 @@ class _Graph:
         mean = self.add("ReduceMean", self.add("Mul", x, x), self.constant([-1]), keepdims=1)
         return self.add("Div", x, self.add("Sqrt", self.add("Add", mean, self.constant(RMS_EPSILON))))
 
-    def positions(self, table: npt.NDArray[np.float32]) -> str:
+    def positions(self, table: npt.NDArray[np.float32], name: str) -> str:
         """Rows of a table (positions, 1, n) for the tokens there are."""
         tokens = self.add("Shape", "input_ids", start=1, end=2)
-        return self.add("Slice", self.constant(table), self.constant([0]), tokens, self.constant([0]))
+        return self.add("Slice", self.constant(table, name), self.constant([0]), tokens, self.constant([0]))
 
     def halves(self, x: str) -> tuple[str, str]:
         """The two halves of the last axis."""

@@ -1,6 +1,6 @@
 """Train a small decoder of the LLaMA family, character by character, on the text that every Python brings along.
 
-There is no decoder to be had with free weights and a size that tests can bear, so here is one: 1.8 million parameters,
+No small decoder with free weights travels in a package, so here is one: 1.8 million parameters,
 numpy alone, some minutes on two cores. It becomes a checkpoint folder as Hugging Face would write it::
 
     python examples/train_decoder.py
