@@ -202,7 +202,7 @@ def _unsupported(tmp_path: Path) -> Path:
     ("spoil", "parts"),
     [
         (lambda model, folder: folder / "missing.onnx", ["missing.onnx", "no such file"]),
-        (lambda model, folder: folder, ["cannot be read", "directory"]),
+        (lambda model, folder: folder, ["holds no config.json", "checkpoint folder"]),
         (lambda model, folder: _no_onnx(folder), ["text.onnx", "no ONNX model"]),
         (_truncated, ["short.onnx", "no ONNX model, or it is truncated"]),
         (_external, ["external.onnx", "weights.bin", "does not exist"]),
@@ -265,7 +265,7 @@ def test_interrupt_leaves_the_old_file(model: Path, tmp_path: Path, number: int,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **_linker(tmp_path, f"touch {started}\nexec sleep 60")},
+        env={**os.environ, **_linker(tmp_path, f"sleep 0.3\ntouch {started}\nexec sleep 60")},
     )
     deadline = time.monotonic() + 60
     while not started.exists():

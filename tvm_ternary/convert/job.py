@@ -23,7 +23,6 @@ from tvm_ternary.errors import ModelError, OptionError, OutputError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.models.gguf import GGUF
 from tvm_ternary.graph.onnx.data import data_files
 from tvm_ternary.graph.quantized import is_quantized, read_config
 from tvm_ternary.graph.source import import_model
@@ -147,9 +146,6 @@ def quantize_model(
         recipe=recipe,
     )
     destination = None if dry_run else _free(output, source, overwrite)
-    if source.suffix == GGUF:
-        hint = "compile it: what is ternary in it is taken as it is"
-        raise ModelError(str(source), "is a GGUF file, which quantize does not take", hint)
     report = progress or (lambda stage, done, total: None)
     report("import", 0, 1)
     imported = import_model(source, dims, constants)
