@@ -19,7 +19,7 @@ from tvm_ternary.convert.mixed import Budget, mixed_plan
 from tvm_ternary.convert.parts import Parts, open_parts
 from tvm_ternary.convert.samples import load_samples
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
-from tvm_ternary.errors import ModelError, OptionError, OutputError
+from tvm_ternary.errors import OptionError, OutputError
 from tvm_ternary.formats import Scheme
 from tvm_ternary.formats.quantization import QuantizationConfig
 from tvm_ternary.graph.importer import ImportedModel
