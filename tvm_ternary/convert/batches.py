@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,12 @@ class Batches:
             for name in segment.dead:
                 del live[name]
             live.update(zip(segment.outputs, outputs, strict=True))
+
+    def copy(self) -> Batches:
+        """Another walker from here on; what lives is shared, as nobody writes into it."""
+        other = copy.copy(self)
+        other._live = [dict(live) for live in self._live]
+        return other
 
     def values(self, name: str) -> list[Any]:
         """One value of each batch, such as the model's result."""

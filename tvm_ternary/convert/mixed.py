@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvm_ternary.convert.float_model import SegmentRunner
+from tvm_ternary.convert.sensitivity import sensitivities
 from tvm_ternary.convert.stream import Progress, calibrate
 from tvm_ternary.errors import OptionError
 from tvm_ternary.formats import MAX_PLANES, PerChannel, PerGroup, Scheme
@@ -20,6 +22,7 @@ from tvm_ternary.quantize.plan import LayerPlan, packed_bits
 from tvm_ternary.quantize.recipe import Recipe
 
 GROUP_SIZES = (32, 64, 128)
+_SENSITIVITY_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ def mixed_plan(
     where there are no samples. Trits are compensated, but without sweeps, which would take four times as long and move
     all candidates alike.
 
+    For a number of bits, what is made small is the sum of the squares of these errors, each times what the model makes
+    of it on the way to its outputs (`sensitivities`).
+
     Parameters
     ----------
     model : ImportedModel
@@ -88,16 +94,21 @@ def mixed_plan(
     """
     open_rows = {name: row for name, row in rows.items() if row.scheme is not None and name not in model.ternary}
     measure = _Measure(model, open_rows, replace(recipe, sweeps=0, correct_inputs=0.0))
+    weights: Mapping[str, float] = {}
     if samples is not None:
-        calibrate(model, samples, measure.group, wanted=list(open_rows), progress=progress)
+        runner = SegmentRunner()
+        if budget.bits is not None:
+            few = samples[:_SENSITIVITY_SAMPLES]
+            weights = sensitivities(model, few, list(open_rows), runner=runner, progress=progress)
+        calibrate(model, samples, measure.group, wanted=list(open_rows), runner=runner, progress=progress)
     for name in open_rows:
         if name not in measure.found:
             measure.one(name, None)
     chosen: Mapping[str, Decision | None]
-    found = {name: measure.found[name] for name in open_rows}
+    found = {name: [one.times(weights.get(name, 1.0)) for one in measure.found[name]] for name in open_rows}
     if budget.bits is not None:
-        weights = sum(n * k for n, k in (row.shape for row in open_rows.values()))
-        chosen = within_bits(found, budget.bits * weights).decisions
+        total = sum(n * k for n, k in (row.shape for row in open_rows.values()))
+        chosen = within_bits(found, budget.bits * total).decisions
     else:
         assert budget.error is not None
         # Of squares, as candidates have them.
