@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
+
+from tests.models import mlp
 
 from .conftest import cli, error_line
 
@@ -96,3 +99,44 @@ def test_bad_plots_are_one_line(tmp_path: Path, lines: str, picture: str, part: 
 
 def test_the_kind_of_benchmark_must_be_named() -> None:
     assert "WHAT" in error_line(cli("bench"))
+
+
+def test_a_model(tmp_path: Path) -> None:
+    model, lines = tmp_path / "mlp.onnx", tmp_path / "lines.jsonl"
+    onnx.save(mlp(), model)
+    options = ("--schemes", "float", "--turns", "1", "--json", lines)
+    result = cli("bench", "model", model, "--dim", "batch=1,2", *options)
+    assert result.returncode == 0, result.stderr
+    facts, ratios, costs = result.stdout.split("\n\n")
+    assert facts.startswith("cpu  ")
+    assert [line.split()[:3] for line in ratios.splitlines()[2:]] == [["mlp.onnx", f"batch={m}", "1"] for m in "12"]
+    assert costs.splitlines()[2].split()[:2] == ["mlp.onnx", "float"]
+    rows = list(map(json.loads, lines.read_text().splitlines()))
+    assert [row["dims"] for row in rows] == [{"batch": 1}, {"batch": 2}]
+    for row in rows:
+        assert row["ratios"].keys() == {"ort-float32", "ort-int8"}
+        assert {
+            "cpu",
+            "commit",
+            "versions",
+            "threads",
+            "scheme",
+            "time",
+            "error",
+            "first_seconds",
+            "costs",
+        } <= row.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--dim", "batch=1,2", "--dim", "length=1,2,3"), "--dim: batch has 2 sizes, another 3"),
+        (("--dim", "batch=x"), "--dim: batch is 'x'"),
+        (("--threads", "0"), "threads: is 0"),
+        (("--data", "none.npz"), "--data: none.npz is no .npz file"),
+        ((), "none.onnx: no such file"),
+    ],
+)
+def test_bad_options_of_a_model(arguments: tuple[str, ...], part: str) -> None:
+    assert part in error_line(cli("bench", "model", "none.onnx", *arguments))

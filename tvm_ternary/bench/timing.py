@@ -80,22 +80,34 @@ def alternate(
     -------
     dict of str to Spread
     """
+    samples = time_turns(functions, turns, pace, rests)
+    return {name: Spread.of([one for turn in own for one in turn]) for name, own in samples.items()}
+
+
+def time_turns(
+    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    turns: int,
+    pace: Pace = PACE,
+    rests: Mapping[str, float] | None = None,
+) -> dict[str, list[list[float]]]:
+    """As `alternate`, but give the microseconds of every call, a list for each turn."""
     endless = {name: itertools.cycle(copies) for name, copies in functions.items()}
     calls = {name: pace.calls(_estimate(copies, endless[name])) for name, copies in functions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samples: dict[str, list[list[float]]] = {name: [] for name in functions}
     for _ in range(turns):
         for name, copies_of in endless.items():
             warming, timed = calls[name]
             for _ in range(warming):
                 next(copies_of)()
+            samples[name].append([])
             for _ in range(timed):
                 call = next(copies_of)
                 start = time.perf_counter_ns()
                 call()
-                samples[name].append((time.perf_counter_ns() - start) / 1e3)
+                samples[name][-1].append((time.perf_counter_ns() - start) / 1e3)
             if rests is not None and name in rests:
                 time.sleep(rests[name])
-    return {name: Spread.of(values) for name, values in samples.items()}
+    return samples
 
 
 def _estimate(copies: Sequence[Callable[[], Any]], endless: Iterator[Callable[[], Any]]) -> float:

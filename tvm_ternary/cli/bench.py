@@ -1,4 +1,4 @@
-"""``tvm-ternary bench``: how fast the kernels are here, beside others and the machine's limits."""
+"""``tvm-ternary bench``: how fast kernels and models are here, beside others and the machine's limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvm_ternary.cli import bench_model
 from tvm_ternary.cli.options import add_verb, whole_number
 from tvm_ternary.errors import OptionError
 
@@ -19,9 +20,12 @@ _SHAPES = "2560x2560,6912x2560,2560x6912,4096x4096,14336x4096,4096x14336"
 _ROWS = "1,2,4,8,16,32,128,512"
 _SCHEMES = "t1a8,t1a8g128"
 
-_DESCRIPTION = "Measure the kernels beside other engines and beside the limits of the machine, and draw the result."
+_DESCRIPTION = (
+    "Measure kernels and models beside other engines and beside the limits of the machine, and draw the result."
+)
 _EXAMPLES = """\
   tvm-ternary bench matmul
+  tvm-ternary bench model model.onnx --dim batch=1 --dim length=128
   tvm-ternary bench matmul --shapes 4096x4096 --rows 1,8 --schemes t1a8,t2a8 --cold --json bench.jsonl
   tvm-ternary bench plot bench.jsonl -o roofline.png -o roofline.svg
 """
@@ -41,7 +45,7 @@ _PLOT_EXAMPLES = "  tvm-ternary bench plot bench.jsonl -o roofline.png -o roofli
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb and what it can measure and draw."""
-    verb = add_verb(verbs, "bench", "measure the kernels, beside other engines", _DESCRIPTION, _EXAMPLES)
+    verb = add_verb(verbs, "bench", "measure kernels or a model, beside other engines", _DESCRIPTION, _EXAMPLES)
     what = verb.add_subparsers(metavar="WHAT", required=True)
     parser = add_verb(what, "matmul", "y = x w^T by a ternary w", _MATMUL, _MATMUL_EXAMPLES)
     parser.add_argument("--shapes", metavar="NxK,...", default=_SHAPES, help="default: %(default)s")
@@ -57,6 +61,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--json", metavar="FILE", help="append a line of JSON for the limits and for each row")
     parser.add_argument("--plot", metavar="FILE", action="append", default=[], help="draw the roofline: .png, .svg")
     parser.set_defaults(run=_run_matmul)
+    bench_model.add_parser(what)
     parser = add_verb(what, "plot", "the roofline as a picture", _PLOT, _PLOT_EXAMPLES)
     parser.add_argument("lines", metavar="LINES", help="what 'bench matmul --json' wrote")
     parser.add_argument("-o", "--output", metavar="FILE", action="append", required=True, help=".png or .svg")
