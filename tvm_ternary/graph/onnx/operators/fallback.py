@@ -38,6 +38,11 @@ def tvm_converter(domain: str, op: str) -> Callable[[Emitter, Node], Value | lis
     return convert_with_tvm if fits else None
 
 
+def tvm_operators() -> set[str]:
+    """The standard operators that TVM has a converter of."""
+    return {op for op in tvm_onnx._get_convert_map() if onnx.defs.has(op) and tvm_converter("", op) is not None}
+
+
 def convert_with_tvm(emitter: Emitter, node: Node) -> Value | list[Value]:
     """Convert a node with TVM's frontend.
 

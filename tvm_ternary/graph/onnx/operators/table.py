@@ -9,8 +9,9 @@ from tvm.relax import op as R
 
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
-from tvm_ternary.graph.onnx.operators import arithmetic, indexing, matrix, recurrent, reduction, shaping
-from tvm_ternary.graph.onnx.operators.fallback import tvm_converter
+from tvm_ternary.graph.onnx.operators import arithmetic, convolution, indexing, matrix, recurrent, reduction, shaping
+from tvm_ternary.graph.onnx.operators.contrib.table import CONTRIB
+from tvm_ternary.graph.onnx.operators.fallback import tvm_converter, tvm_operators
 
 Converter = Callable[[Emitter, Node], Any]
 """Takes the emitter and a node; gives the value of the only output or a list of all, None for one not computed."""
@@ -18,6 +19,7 @@ Converter = Callable[[Emitter, Node], Any]
 _OURS: dict[str, Converter] = {
     "MatMul": matrix.matmul,
     "Gemm": matrix.gemm,
+    "Conv": convolution.conv,
     "LSTM": recurrent.lstm,
     "Add": arithmetic.binary(R.add, commutes=True),
     "Sub": arithmetic.binary(R.subtract),
@@ -67,12 +69,20 @@ _OURS: dict[str, Converter] = {
 }
 
 
+_WITHOUT_DOMAIN = frozenset({"SimplifiedLayerNormalization"})
+"""Operators of onnxruntime that it puts into the standard set."""
+
 _BY_THE_WALK = frozenset({"Constant", "If"})
 
 
 def own_operators() -> list[str]:
     """The standard operators that the importer converts itself."""
     return sorted(_OURS)
+
+
+def known_operators() -> list[str]:
+    """The standard operators that the importer converts, itself or with TVM's converters."""
+    return sorted({*_OURS, *_BY_THE_WALK, *tvm_operators()})
 
 
 def is_known(domain: str, op: str) -> bool:
@@ -84,4 +94,6 @@ def find_converter(domain: str, op: str) -> Converter | None:
     """The converter of an operator, None where there is none."""
     if domain == "" and op in _OURS:
         return _OURS[op]
+    if op in CONTRIB and (domain == "com.microsoft" or (domain == "" and op in _WITHOUT_DOMAIN)):
+        return CONTRIB[op]
     return tvm_converter(domain, op)
