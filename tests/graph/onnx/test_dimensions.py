@@ -29,6 +29,7 @@ def test_nameless_dimensions() -> None:
     named = name_dimensions(model([None, 3], ["n", None]))
     assert shapes(named) == [["x0_dim_0", 3], ["n", "x1_dim_1"]]
     assert symbolic_dimensions(named) == ["x0_dim_0", "n", "x1_dim_1"]
+    assert shapes(name_dimensions(model(["?", "?"]))) == [["x0_dim_0", "x0_dim_1"]], "no name, and not equal"
 
 
 def test_weights_are_no_inputs() -> None:

@@ -243,3 +243,23 @@ def test_random_numbers_are_not_folded() -> None:
     g.output("y", FLOAT)
     with pytest.raises(UnsupportedOperatorError, match="RandomNormal"):
         import_onnx(g.model())
+
+
+def test_constants_are_folded_by_their_own_operator_set() -> None:
+    """Since opset 13 the axes of Unsqueeze and Squeeze are inputs; before, attributes."""
+    g = GraphBuilder(opset=11)
+    row = g.node("Unsqueeze", g.weight("w", 4), axes=[0])
+    g.node(
+        "Mul", g.input("x", FLOAT, [3, 1]), g.node("Squeeze", g.node("Unsqueeze", row, axes=[0]), axes=[0]), output="y"
+    )
+    g.output("y", FLOAT, [3, 4])
+    assert_matches(g.model(), [{"x": np.arange(3, dtype=np.float32).reshape(3, 1)}])
+
+
+def test_a_folded_node_may_have_outputs_that_nobody_wants() -> None:
+    g = GraphBuilder()
+    steps, gates, state = g.weight("steps", 3, 1, 2), g.weight("gates", 1, 16, 2), g.weight("state", 1, 16, 4)
+    g.nodes_of("LSTM", steps, gates, state, outputs=["", "last"], hidden_size=4)
+    g.node("Add", g.input("x", FLOAT, [1, 1, 4]), "last", output="y")
+    g.output("y", FLOAT, [1, 1, 4])
+    assert_matches(g.model(), [{"x": np.zeros((1, 1, 4), np.float32)}])

@@ -16,18 +16,26 @@ def real_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     return [value for value in graph.input if value.name not in weights]
 
 
+# What exporters write where they know no name: two such dimensions need not be equal.
+_NO_NAMES = frozenset({"", "?", "None", "-1"})
+
+
 def name_dimensions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Name every input dimension that is neither fixed nor named after its input and axis."""
     dims = (dim for value in real_inputs(model.graph) for dim in value.type.tensor_type.shape.dim)
-    if all(dim.dim_param or dim.dim_value > 0 for dim in dims):
+    if not any(_is_nameless(dim) for dim in dims):
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for value in real_inputs(result.graph):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.dim_param and dim.dim_value <= 0:
+            if _is_nameless(dim):
                 dim.dim_param = f"{value.name}_dim_{axis}"
     return result
+
+
+def _is_nameless(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    return dim.dim_value <= 0 and dim.dim_param.strip() in _NO_NAMES
 
 
 def symbolic_dimensions(model: onnx.ModelProto) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 from onnx.reference import ReferenceEvaluator
 
 from tvm_ternary.graph.onnx.node import Node
@@ -19,7 +20,7 @@ _RANDOM = frozenset(
 )
 
 
-def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant] | None:
+def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant | None] | None:
     """Compute the outputs of a node all of whose inputs are constants.
 
     Parameters
@@ -31,8 +32,8 @@ def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant] | None:
 
     Returns
     -------
-    list[Constant] or None
-        The outputs; None for a node that is better run (random numbers, a large result made of little) or that the
+    list of Constant or None
+        The outputs, None for one that nobody asks for; no list for a node that is better run (random numbers, a large result made of little) or that the
         reference implementation does not know.
     """
     if node.op in _RANDOM or _grows(node):
@@ -43,20 +44,26 @@ def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant] | None:
         if isinstance(value, Constant)
     }
     try:
-        evaluator = ReferenceEvaluator(node.proto, opsets=dict(opsets))
+        evaluator = ReferenceEvaluator(_function_of(node, opsets))
     except NotImplementedError:
         return None
     try:
         with np.errstate(all="ignore"):
-            results = evaluator.run(None, feeds)
+            results = evaluator.run(None, feeds, attributes={})
     except (ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
         node.refuse(f"cannot be computed from its constant inputs ({error})")
     if not all(isinstance(result, np.ndarray | np.generic) for result in results):
         return None
     inherited = _names(node)
-    return [
-        Constant(np.asarray(result), (output, *inherited)) for output, result in zip(node.outputs, results, strict=True)
-    ]
+    arrays = iter(results)
+    return [Constant(np.asarray(next(arrays)), (output, *inherited)) if output else None for output in node.outputs]
+
+
+def _function_of(node: Node, opsets: Mapping[str, int]) -> onnx.FunctionProto:
+    """The node as a function: of a node alone the reference takes the newest version, whatever its operator set is."""
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    inputs, outputs = (list(dict.fromkeys(filter(None, names))) for names in (node.proto.input, node.proto.output))
+    return onnx.helper.make_function("folded", "Folded", inputs, outputs, [node.proto], imports)
 
 
 def _names(node: Node) -> tuple[str, ...]:
