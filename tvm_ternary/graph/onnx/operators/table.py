@@ -9,7 +9,16 @@ from tvm.relax import op as R
 
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
-from tvm_ternary.graph.onnx.operators import arithmetic, convolution, indexing, matrix, recurrent, reduction, shaping
+from tvm_ternary.graph.onnx.operators import (
+    arithmetic,
+    attention,
+    convolution,
+    indexing,
+    matrix,
+    recurrent,
+    reduction,
+    shaping,
+)
 from tvm_ternary.graph.onnx.operators.contrib.table import CONTRIB
 from tvm_ternary.graph.onnx.operators.fallback import tvm_converter, tvm_operators
 
@@ -20,6 +29,8 @@ _OURS: dict[str, Converter] = {
     "MatMul": matrix.matmul,
     "Gemm": matrix.gemm,
     "Conv": convolution.conv,
+    "Attention": attention.attention,
+    "RotaryEmbedding": attention.rotary_embedding,
     "LSTM": recurrent.lstm,
     "Add": arithmetic.binary(R.add, commutes=True),
     "Sub": arithmetic.binary(R.subtract),
