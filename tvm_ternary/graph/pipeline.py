@@ -3,7 +3,8 @@
 1 ternarize   tables become parameters as matrices are, inputs are transformed for matrices that want it, planned
               matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
-3 fuse        every other operator becomes TensorIR, element-wise chains are merged; on a GPU moves too
+3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
+              merged; on a GPU moves too
 4 schedule    every function that is not scheduled yet gets a schedule for the target
 """
 
@@ -20,6 +21,7 @@ from tvm_ternary.errors import OutputError
 from tvm_ternary.files import atomic_path
 from tvm_ternary.graph.fuse import SCHEDULED, lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.channels_last import channels_last
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
@@ -79,7 +81,7 @@ def lower(
     dump("ternarize", ternary.module)
     module = _bind(ternary) if bind_weights else ternary.module
     dump("bind", module)
-    module = lower_graph_ops(module)
+    module = lower_graph_ops(module if target.kind == "cuda" else channels_last(module))
     if target.kind == "cuda":
         module = read_through(module)
     dump("fuse", module)
