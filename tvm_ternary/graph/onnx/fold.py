@@ -33,8 +33,8 @@ def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant | None] | None:
     Returns
     -------
     list of Constant or None
-        The outputs, None for one that nobody asks for; no list for a node that is better run (random numbers, a large result made of little) or that the
-        reference implementation does not know.
+        The outputs, None for one that nobody asks for. No list for a node that is better run (random numbers, a large
+        result made of little) or that the reference implementation does not know.
     """
     if node.op in _RANDOM or _grows(node):
         return None
