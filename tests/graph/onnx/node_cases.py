@@ -24,6 +24,7 @@ from tvm_ternary.runtime.manifest import DTYPES
 
 BOUND = {
     "AffineGrid": (1,),
+    "BlackmanWindow": (0,),
     "CenterCropPad": (1,),
     "Col2Im": (1, 2),
     "ConstantOfShape": (0,),
@@ -33,6 +34,8 @@ BOUND = {
     "Dropout": (1, 2),
     "Expand": (1,),
     "GRU": (1, 2, 3, 4),
+    "HammingWindow": (0,),
+    "HannWindow": (0,),
     "If": (0,),
     "LSTM": (1, 2, 3, 4, 7),
     "MaxUnpool": (2,),
@@ -56,6 +59,7 @@ BOUND = {
     "Split": (1,),
     "Squeeze": (1,),
     "Tile": (1,),
+    "TopK": (1,),
     "Trilu": (1,),
     "Unsqueeze": (1,),
     "Upsample": (1,),

@@ -59,3 +59,9 @@ def test_refused_values(model: onnx.ModelProto, constants: dict[str, object], me
 def test_unknown_input(model: onnx.ModelProto) -> None:
     with pytest.raises(OptionError, match="constant speed: the model has no such input; it has rate, a, b"):
         bind_constants(model, {"speed": 1})
+
+
+def test_a_constant_without_elements(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "rates"
+    bound = bind_constants(model, {"rate": np.zeros(0, np.int64)})
+    assert onnx.numpy_helper.to_array(bound.graph.initializer[-1]).shape == (0,)

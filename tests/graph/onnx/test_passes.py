@@ -82,3 +82,12 @@ def test_an_operator_that_is_neither_known_nor_composed_stays() -> None:
     g.node("Det", g.input("x", FLOAT, [3, 3]), output="y")
     g.output("y", FLOAT, [])
     assert operators(expand_operators(g.model(), lambda domain, op: False)) == ["Det"]
+
+
+def test_attributes_that_a_node_leaves_out_have_their_defaults() -> None:
+    g = GraphBuilder(opset=28)
+    g.node("SwiGLU", g.input("a", FLOAT, ["n"]), g.input("b", FLOAT, ["n"]), output="y")
+    g.output("y", FLOAT, ["n"])
+    (swish, product) = expand_operators(g.model(), lambda domain, op: op != "SwiGLU").graph.node
+    assert [(a.name, a.f) for a in swish.attribute] == [("alpha", 1.0)]
+    assert product.op_type == "Mul"

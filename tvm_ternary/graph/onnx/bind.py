@@ -36,8 +36,10 @@ def bind_constants(model: onnx.ModelProto, constants: Mapping[str, Any]) -> onnx
         if name not in inputs:
             raise OptionError(f"constant {name}", "the model has no such input", f"it has {', '.join(inputs)}")
     arrays = {name: _array(inputs[name], value) for name, value in constants.items()}
+    left = {dim.dim_param for name in inputs.keys() - arrays.keys() for dim in _dims(inputs[name])}
+    sizes = {name: size for name, size in _sizes(inputs, arrays).items() if name in left}
     result = onnx.ModelProto()
-    result.CopyFrom(fix_dimensions(model, _sizes(inputs, arrays)))
+    result.CopyFrom(fix_dimensions(model, sizes))
     result.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
     kept = [value for value in result.graph.input if value.name not in constants]
     del result.graph.input[:]
@@ -45,11 +47,15 @@ def bind_constants(model: onnx.ModelProto, constants: Mapping[str, Any]) -> onnx
     return result
 
 
+def _dims(info: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
+    return list(info.type.tensor_type.shape.dim)
+
+
 def _sizes(inputs: Mapping[str, onnx.ValueInfoProto], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Sizes that the constants give to symbolic dimensions."""
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
-        for dim, size in zip(inputs[name].type.tensor_type.shape.dim, array.shape, strict=False):
+        for dim, size in zip(_dims(inputs[name]), array.shape, strict=False):
             if dim.dim_param and sizes.setdefault(dim.dim_param, size) != size:
                 other = sizes[dim.dim_param]
                 raise InputError(name, f"its constant has {size} for dimension {dim.dim_param}, another has {other}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,18 +37,24 @@ def expand_operators(model: onnx.ModelProto, is_known: Callable[[str, str], bool
     """
     versions = {"" if item.domain == "ai.onnx" else item.domain: item.version for item in model.opset_import}
     for _ in range(_DEEPEST):
-        found = {node.op_type for node in _nodes(model.graph) if _is_composed(node, versions, is_known)}
+        found = {_named(node) for node in _nodes(model.graph) if _is_composed(node, versions, is_known)}
         if not found:
             break
-        chosen = [("", op) for op in sorted(found)]
         try:
-            model = _without_weights(model, partial(_expanded, operators=chosen))
+            model = _without_weights(model, partial(_expanded, operators=sorted(found), versions=versions))
         except RuntimeError:  # a type it cannot infer: the operators stay, and the walk names the first of them
             break
     return model
 
 
-def _expanded(model: onnx.ModelProto, operators: list[tuple[str, str]]) -> onnx.ModelProto:
+def _expanded(model: onnx.ModelProto, operators: list[tuple[str, str]], versions: Mapping[str, int]) -> onnx.ModelProto:
+    """The inliner takes attributes from the node alone: it gets those that have a default."""
+    for node in _nodes(model.graph):
+        if _named(node) in operators:
+            schema = onnx.defs.get_schema(node.op_type, versions[_named(node)[0]], _named(node)[0])
+            given = {attribute.name for attribute in node.attribute}
+            defaults = [a.default_value for name, a in schema.attributes.items() if name not in given]
+            node.attribute.extend(value for value in defaults if value.type)
     return onnx.inliner.inline_selected_functions(model, operators, exclude=False, inline_schema_functions=True)
 
 
@@ -100,11 +106,17 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
-def _is_composed(node: onnx.NodeProto, versions: dict[str, int], is_known: Callable[[str, str], bool]) -> bool:
-    if node.domain not in ("", "ai.onnx") or is_known("", node.op_type) or not onnx.defs.has(node.op_type):
+def _named(node: onnx.NodeProto) -> tuple[str, str]:
+    """Domain and operator."""
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
+
+
+def _is_composed(node: onnx.NodeProto, versions: Mapping[str, int], is_known: Callable[[str, str], bool]) -> bool:
+    domain, op = _named(node)
+    if is_known(domain, op) or not onnx.defs.has(op, domain):
         return False
     try:
-        schema = onnx.defs.get_schema(node.op_type, versions.get("", 1), "")
+        schema = onnx.defs.get_schema(op, versions.get(domain, 1), domain)
     except onnx.defs.SchemaError:
         return False
     # onnx's own stubs do not know the two
