@@ -143,7 +143,8 @@ def import_onnx(
         model = step(model)
     name = (model.graph.name or "model") if isinstance(source, onnx.ModelProto) else Path(source).stem
     imported = _translate(model, name, uses, ternary or {})
-    return replace(imported, params=_Matrices(imported.params, ternary or {}), ternary=ternary or {})
+    found = imported.ternary if ternary is None else ternary
+    return replace(imported, params=_Matrices(imported.params, found), ternary=found)
 
 
 class _Matrices(Mapping[str, np.ndarray]):
@@ -207,6 +208,7 @@ def _translate(
         embeddings=emitter.embeddings,
         others=emitter.others,
         tables=emitter.tables,
+        ternary={name: weight for name, weight in emitter.ternary.items() if name in params},
         onnx=OnnxGraph(model, emitter.uses),
     )
 

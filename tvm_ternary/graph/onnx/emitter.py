@@ -11,7 +11,7 @@ import onnx
 from tvm import relax, tirx
 from tvm.relax import op as R
 
-from tvm_ternary.formats import row_blocks
+from tvm_ternary.formats import TernaryTensor, row_blocks
 from tvm_ternary.graph.onnx.data import release
 from tvm_ternary.graph.onnx.names import dotted, is_made_up, matrix_name, unique
 from tvm_ternary.graph.onnx.node import Node
@@ -55,6 +55,8 @@ class Emitter:
         Names that no further parameter may have.
     uses : dict[str, list[MatrixUse]]
         The matrices that each node multiplies by, in order, by the node's output.
+    ternary : dict[str, TernaryTensor]
+        Matrices that are ternary in the file, (N, K).
 
     Parameters
     ----------
@@ -83,6 +85,7 @@ class Emitter:
         self.tables: dict[str, relax.Expr] = {}
         self.biases: dict[str, str] = {}
         self.uses: dict[str, list[MatrixUse]] = {}
+        self.ternary: dict[str, TernaryTensor] = {}
         self._known, self._absent = known or {}, absent
         self.taken: set[str] = {use.matrix for uses in self._known.values() for use in uses}
         self._by_content: dict[tuple[object, ...], relax.Var] = {}
@@ -220,6 +223,15 @@ class Emitter:
             var = self._by_content[key]
         uses.append(MatrixUse(names[0] if names else "", var.name))
         return var
+
+    def note_ternary(self, node: onnx.NodeProto, weight: TernaryTensor) -> None:
+        """Say that the matrix which a node was given last is this one; its float elements are not kept."""
+        output = next(name for name in node.output if name)
+        name = self.uses[output][-1].matrix
+        if name not in self._absent:
+            self.ternary[name] = weight
+            var, array = self.parameters[name]
+            self.parameters[name] = (var, np.broadcast_to(np.float32(0), array.shape))
 
     def _parameter(self, name: str, array: np.ndarray) -> relax.Var:
         """The parameter of this name, made when it is new."""

@@ -6,6 +6,7 @@ keys and spell masks. They bring them to these forms, so that the passes behind 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from tvm.relax import op as R
 
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
+from tvm_ternary.graph.onnx.operators.shaping import same_shape
 from tvm_ternary.graph.onnx.values import Dim, as_expr, describe, object_array, settle
 
 
@@ -56,7 +58,7 @@ def attend(
         are more rows of one product: no key is copied.
     scale : float
     bias : sequence of tensors that broadcast to (batch, heads, queries, keys)
-        Added to the scores, of their dtype.
+        Their sum is added to the scores; of the dtype of those.
     softcap : float
         0 for none.
 
@@ -81,8 +83,9 @@ def attend(
         bent = emitter.emit(R.tanh(emitter.emit(R.multiply(scores, relax.const(1 / softcap, dtype)))))
         capped = emitter.emit(R.multiply(bent, relax.const(softcap, dtype)))
     biased = capped
-    for term in bias:
-        biased = emitter.emit(R.add(biased, term))
+    if bias:
+        total = functools.reduce(lambda left, right: emitter.emit(R.add(left, right)), bias)
+        biased = emitter.emit(R.add(capped, total))
     weights = emitter.emit(R.nn.softmax(biased, -1))
     factor = reshape(emitter, weights, [batch, kv_heads, rows, keys]) if grouped else weights
     output = emitter.emit(R.matmul(factor, value))
@@ -176,6 +179,23 @@ def append(emitter: Emitter, past: relax.Expr | None, new: relax.Expr) -> relax.
 def reshape(emitter: Emitter, x: relax.Expr, dims: Sequence[Dim]) -> relax.Var:
     """X in another shape of as many elements."""
     return emitter.emit(R.reshape(x, relax.ShapeExpr([as_expr(dim) for dim in dims])))
+
+
+def of_shape(emitter: Emitter, x: relax.Expr, dims: Sequence[Dim], node: Node) -> relax.Expr:
+    """X, whose shape has to be this one: where the two cannot be compared now, they are when the module runs.
+
+    Raises
+    ------
+    UnsupportedOperatorError
+        If they differ.
+    """
+    got = _dims(emitter, x)
+    if same_shape(emitter, got, dims):
+        return x
+    pairs = zip(got, dims, strict=False)
+    if len(got) != len(dims) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        node.refuse(f"an input of shape {describe(got)} is where {describe(list(dims))} is expected")
+    return emitter.builder.match_cast(x, relax.TensorType([as_expr(dim) for dim in dims], emitter.dtype(x)))
 
 
 def _dims(emitter: Emitter, x: relax.Expr) -> list[Dim]:

@@ -1,0 +1,42 @@
+"""Which converter an operator of the ``com.microsoft`` set gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm_ternary.graph.onnx.emitter import Emitter
+from tvm_ternary.graph.onnx.node import Node
+from tvm_ternary.graph.onnx.operators.contrib import (
+    activation,
+    attention,
+    embedding,
+    grouped,
+    normalization,
+    products,
+    quantized,
+    rotary,
+)
+
+CONTRIB: dict[str, Callable[[Emitter, Node], Any]] = {
+    "Attention": attention.attention,
+    "BiasGelu": activation.bias_gelu,
+    "DynamicQuantizeMatMul": quantized.dynamic_quantize_matmul,
+    "EmbedLayerNormalization": embedding.embed_layer_normalization,
+    "FastGelu": activation.fast_gelu,
+    "FusedGemm": products.fused_gemm,
+    "FusedMatMul": products.fused_matmul,
+    "GatherBlockQuantized": embedding.gather_block_quantized,
+    "Gelu": activation.gelu,
+    "GroupQueryAttention": grouped.group_query_attention,
+    "MatMulIntegerToFloat": quantized.matmul_integer_to_float,
+    "MatMulNBits": products.matmul_nbits,
+    "MultiHeadAttention": attention.multi_head_attention,
+    "QAttention": attention.quantized_attention,
+    "QuickGelu": activation.quick_gelu,
+    "RotaryEmbedding": rotary.rotary_embedding,
+    "SimplifiedLayerNormalization": normalization.simplified_layer_normalization,
+    "SkipLayerNormalization": normalization.skip_layer_normalization,
+    "SkipSimplifiedLayerNormalization": normalization.skip_simplified_layer_normalization,
+    "TransposeMatMul": products.fused_matmul,
+}
