@@ -21,7 +21,7 @@ class Compiled:
     ``level`` is LLVM's optimization level: with 0 a small model is compiled in half the time.
     """
 
-    def __init__(self, imported: ImportedModel, level: int = 3) -> None:
+    def __init__(self, imported: ImportedModel, level: int = 0) -> None:
         self.imported = imported
         executable = tvm.compile(imported.module, tvm.target.Target({"kind": "llvm", "opt-level": level}))
         self.main = relax.VirtualMachine(executable, tvm.cpu())["main"]

@@ -15,6 +15,7 @@ from tvm_ternary.graph.onnx.operators import (
     convolution,
     indexing,
     matrix,
+    quantized,
     recurrent,
     reduction,
     shaping,
@@ -31,7 +32,15 @@ _OURS: dict[str, Converter] = {
     "Conv": convolution.conv,
     "Attention": attention.attention,
     "RotaryEmbedding": attention.rotary_embedding,
+    "MatMulInteger": quantized.matmul_integer,
+    "QLinearMatMul": quantized.qlinear_matmul,
+    "ConvInteger": quantized.conv_integer,
+    "QLinearConv": quantized.qlinear_conv,
+    "QuantizeLinear": quantized.quantize_linear,
+    "DequantizeLinear": quantized.dequantize_linear,
     "LSTM": recurrent.lstm,
+    "GRU": recurrent.gru,
+    "RNN": recurrent.rnn,
     "Add": arithmetic.binary(R.add, commutes=True),
     "Sub": arithmetic.binary(R.subtract),
     "Mul": arithmetic.binary(R.multiply, commutes=True),
@@ -83,7 +92,7 @@ _OURS: dict[str, Converter] = {
 _WITHOUT_DOMAIN = frozenset({"SimplifiedLayerNormalization"})
 """Operators of onnxruntime that it puts into the standard set."""
 
-_BY_THE_WALK = frozenset({"Constant", "If"})
+_BY_THE_WALK = frozenset({"Constant", "If", "Loop", "Scan"})
 
 
 def own_operators() -> list[str]:
