@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.ir import Expr
 
 from tvm_ternary.errors import ModelError, UnsupportedOperatorError
+from tvm_ternary.graph.onnx.control_flow import CONTROL_FLOW
 from tvm_ternary.graph.onnx.data import weight_array
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.fold import fold
@@ -66,14 +67,19 @@ class Walker:
                     values[name] = value
         return values
 
+    def run(self, graph: onnx.GraphProto, scope: Mapping[str, Value]) -> list[Value]:
+        """Walk a graph and give its outputs."""
+        values = self.walk(graph, scope)
+        return [values[output.name] for output in graph.output]
+
     def _outputs(self, proto: onnx.NodeProto, values: dict[str, Value]) -> list[Any]:
         domain = "" if proto.domain == "ai.onnx" else proto.domain
         inputs = [self._input(proto, name, values) for name in proto.input]
         node = Node.of(proto, self.opsets.get(domain, 1), inputs)
         if domain == "" and proto.op_type == "Constant":
             return [Constant(constant_value(node), (proto.output[0],))]
-        if domain == "" and proto.op_type == "If":
-            return self._branch(node, values)
+        if domain == "" and proto.op_type in CONTROL_FLOW:
+            return CONTROL_FLOW[proto.op_type](self.emitter, node, self.run, values)
         known = [value for value in inputs if value is not None]
         if inputs and all(isinstance(value, Constant) for value in known):
             folded = fold(node, self.opsets)
@@ -92,18 +98,6 @@ class Walker:
         if name not in values:
             raise ModelError(proto.name or proto.op_type, f"its input {name} is computed by no node before it")
         return values[name]
-
-    def _branch(self, node: Node, values: Mapping[str, Value]) -> list[Value]:
-        """The branch that a condition known at import takes."""
-        condition = node.constant(0)
-        if condition is None:
-            node.refuse(
-                "its condition depends on the model's inputs",
-                "make the deciding input a constant with --constant NAME=VALUE, or fix the dimensions it looks at",
-            )
-        graph = node.required("then_branch" if bool(np.all(condition)) else "else_branch")
-        inner = self.walk(graph, values)
-        return [inner[output.name] for output in graph.output]
 
     def _converted(self, node: Node, domain: str) -> list[Any]:
         converter = find_converter(domain, node.op)
