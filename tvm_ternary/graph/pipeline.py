@@ -1,7 +1,7 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   tables become parameters as matrices are, inputs are transformed for matrices that want it, planned
-              matrices become calls to ternary kernels
+1 ternarize   tables become parameters as matrices are, attention becomes one call (on a CPU), inputs are transformed
+              for matrices that want it, planned matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
               merged; on a GPU moves too
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tvm
@@ -19,8 +20,10 @@ from tvm import relax
 
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import atomic_path
+from tvm_ternary.graph.call_layers import call_layers
 from tvm_ternary.graph.fuse import SCHEDULED, lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.fuse_attention import fuse_attention
 from tvm_ternary.graph.passes.channels_last import channels_last
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.read_through import read_through
@@ -43,11 +46,14 @@ class LoweredModel:
         What the first phase made: its parameters and which function is which kernel.
     schedules : dict of str to str
         For every TensorIR function of ``module``, who scheduled it.
+    layers : dict of str to tuple of str
+        Whose weights its calls read, as `call_layers` says.
     """
 
     module: tvm.IRModule
     ternary: TernaryModule
     schedules: dict[str, str]
+    layers: dict[str, tuple[str, ...]]
 
 
 def lower(
@@ -74,12 +80,17 @@ def lower(
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
+    if target.kind != "cuda":
+        module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
+    attentions = dict.fromkeys((name for name, _ in _functions(module)), "rule:attention")
     transforms = {name: t for name, layer in layers.items() if (t := layer.weight.transform) is not None}
     module = transform_inputs(module, transforms, target)
     rotations = [name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False)]
     ternary = ternarize(module, params, layers, target, logs)
     dump("ternarize", ternary.module)
-    module = _bind(ternary) if bind_weights else ternary.module
+    # Kept while the module is worked on: calls are told by where their weights lie.
+    bound = _tensors(ternary) if bind_weights else {}
+    module = relax.transform.BindParams("main", bound)(ternary.module) if bound else ternary.module
     dump("bind", module)
     module = lower_graph_ops(module if target.kind == "cuda" else channels_last(module))
     if target.kind == "cuda":
@@ -89,7 +100,10 @@ def lower(
     module, schedules = rules.schedule_module(module, tvm.target.Target(target.tvm))
     dump("schedule", module)
     ours = {name: ternary.sources.get(name, "rule:activations") for name in (*rotations, *ternary.kernels)}
-    return LoweredModel(module, ternary, {name: (schedules | ours)[name] for name in sorted(dict(_functions(module)))})
+    sources = schedules | ours | attentions
+    who = {name: sources[name] for name in sorted(dict(_functions(module)))}
+    named = {tensor.data_ptr(): var.name for var, tensor in bound.items()}
+    return LoweredModel(module, ternary, who, call_layers(module, named, {*ternary.matrices, *model.embeddings}))
 
 
 def _functions(module: tvm.IRModule) -> Iterator[tuple[str, tvm.tirx.PrimFunc]]:
@@ -98,12 +112,11 @@ def _functions(module: tvm.IRModule) -> Iterator[tuple[str, tvm.tirx.PrimFunc]]:
             yield var.name_hint, function
 
 
-def _bind(ternary: TernaryModule) -> tvm.IRModule:
-    """Make constants of the parameters, matched by variable, since two names may differ only in punctuation."""
+def _tensors(ternary: TernaryModule) -> dict[relax.Var, tvm.runtime.Tensor]:
+    """Values of the parameters, by variable, since two names may differ only in punctuation."""
     main = ternary.module["main"]
     inputs = int(main.attrs["num_input"])
-    values = dict(zip(main.params[inputs:], map(tvm.runtime.tensor, ternary.params.values()), strict=True))
-    return relax.transform.BindParams("main", values)(ternary.module)
+    return dict(zip(main.params[inputs:], map(tvm.runtime.tensor, ternary.params.values()), strict=True))
 
 
 def dump_to(folder: str | Path | None) -> Callable[[str, tvm.IRModule], None]:

@@ -9,7 +9,6 @@ and none that somebody else needs is lost.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,7 @@ from tvm import relax
 from tvm_ffi import structural_equal
 
 from tvm_ternary.graph.activations import VARIABLE, activation_of, formula_of
+from tvm_ternary.graph.passes.dataflow import Dataflow
 from tvm_ternary.kernels.matmul import Epilogue
 
 
@@ -79,27 +79,14 @@ def fuse_epilogues(main: relax.Function, matrices: Collection[str]) -> list[Prod
     return _Finder(main).find(matrices)
 
 
-class _Finder:
-    """Who computes a variable, who reads it, and what is spoken for."""
+class _Finder(Dataflow):
+    """What is spoken for, beside who computes and who reads it."""
 
     def __init__(self, main: relax.Function) -> None:
-        bindings = [binding for block in main.body.blocks for binding in block.bindings]
+        super().__init__(main)
         self.params = set(main.params)
-        self.order = {binding.var: index for index, binding in enumerate(bindings)}
-        self.calls = {b.var: b.value for b in bindings if isinstance(b, relax.VarBinding) and _is_call(b.value)}
-        self.readers: defaultdict[relax.Var, set[relax.Var]] = defaultdict(set)
+        self.order = {var: number for number, var in enumerate(self.calls)}
         self.taken: set[relax.Var] = set()
-        for binding in bindings:
-            self._read(binding.value, binding.var)
-        # Whoever calls main reads its result: a reader that no binding is for.
-        self._read(main.body.body, relax.Var("caller"))
-
-    def _read(self, expr: relax.Expr, reader: relax.Var) -> None:
-        def visit(part: relax.Expr) -> None:
-            if isinstance(part, relax.Var):
-                self.readers[part].add(reader)
-
-        relax.analysis.post_order_visit(expr, visit)
 
     def find(self, matrices: Collection[str]) -> list[Product]:
         products = []
@@ -153,7 +140,7 @@ class _Finder:
     def _views(self, var: relax.Var) -> list[relax.Var]:
         """The variable, and reshapes of it as long as each is all that becomes of the one before."""
         views = [var]
-        while (reader := self._only_reader(views[-1])) is not None and self._is_view(reader):
+        while (reader := self.only_reader(views[-1])) is not None and self._is_view(reader):
             views.append(reader)
         return views
 
@@ -162,16 +149,12 @@ class _Finder:
 
     def _addition(self, var: relax.Var) -> tuple[relax.Var | None, relax.Expr | None]:
         """The sum of a variable and another value, if that is all that becomes of it, and the other value."""
-        total = self._only_reader(var)
+        total = self.only_reader(var)
         if total is None or self.calls[total].op != _op("add"):
             return None, None
         left, right = self.calls[total].args
         # Twice itself is a sum whose other value is gone once this one is.
         return (None, None) if left == right else (total, right if left == var else left)
-
-    def _only_reader(self, var: relax.Var) -> relax.Var | None:
-        readers = self.readers[var]
-        return next(iter(readers)) if len(readers) == 1 and readers <= self.calls.keys() else None
 
 
 def _dims(var: relax.Var) -> list[Any]:
@@ -181,10 +164,6 @@ def _dims(var: relax.Var) -> list[Any]:
 def _has_shape(expr: relax.Expr, dims: list[Any]) -> bool:
     """Whether its shape is known, and that one, symbols included."""
     return isinstance(expr.ty.shape, relax.ShapeExpr) and structural_equal(_dims(expr), dims)
-
-
-def _is_call(value: relax.Expr) -> bool:
-    return isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op)
 
 
 def _op(name: str) -> tvm.ir.Op:

@@ -7,7 +7,6 @@ and costs nothing; it may also be spelled as a product with a constant, with a c
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +17,7 @@ from tvm.ir import Op
 from tvm_ternary.errors import LayoutError
 from tvm_ternary.formats.hadamard import hadamard_matrix
 from tvm_ternary.formats.transform import InputTransform
+from tvm_ternary.graph.passes.dataflow import Dataflow
 from tvm_ternary.kernels.hadamard import hadamard_rows
 from tvm_ternary.target import Target
 
@@ -51,7 +51,7 @@ def transform_inputs(module: tvm.IRModule, transforms: Mapping[str, InputTransfo
     return _Rewriter(module, transforms, target).run() if transforms else module
 
 
-class _Folding:
+class _Folding(Dataflow):
     """Finds the constants that can take scales along.
 
     Attributes
@@ -63,28 +63,14 @@ class _Folding:
     """
 
     def __init__(self, main: relax.Function, transforms: Mapping[str, InputTransform]) -> None:
+        super().__init__(main)
         self.transforms, self.params = transforms, set(main.params)
-        self.calls: dict[relax.Var, relax.Call] = {}
-        self.readers: defaultdict[relax.Var, list[relax.Var]] = defaultdict(list)
         self.constants: dict[relax.Var, np.ndarray] = {}
         self.scaled: set[relax.Var] = set()
-        for block in main.body.blocks:
-            for binding in block.bindings:
-                self._read(binding.value, binding.var)
-                if isinstance(binding.value, relax.Call):
-                    self.calls[binding.var] = binding.value
-        # Whoever calls main reads its result: a reader that no call is for.
-        self._read(main.body.body, relax.Var("caller"))
         for call in self.calls.values():
             transform = self.transform_of(call)
             if transform is not None and transform.scale is not None and self._fold(call.args[0], transform.scale):
                 self.scaled.add(call.args[0])
-
-    def _read(self, value: relax.Expr, reader: relax.Var) -> None:
-        found: dict[relax.Var, None] = {}
-        relax.analysis.post_order_visit(value, lambda p: found.update({p: None}) if isinstance(p, relax.Var) else None)
-        for var in found:
-            self.readers[var].append(reader)
 
     def transform_of(self, call: relax.Call) -> InputTransform | None:
         """The transform of what a product multiplies by its matrix; None for anything else."""
@@ -104,7 +90,7 @@ class _Folding:
         if call.op == ADD:
             (product,) = (part for part in call.args if not isinstance(part, tvm.ir.GenericConst))
             made = self.calls.get(product)
-            if made is None or made.op not in (MULTIPLY, *NORMS) or self.readers[product] != [x]:
+            if made is None or made.op not in (MULTIPLY, *NORMS) or self.readers[product] != {x}:
                 return False
             if not _has_constants(made, len(scale)):
                 return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .attention import attention
 from .rules import schedule_function, schedule_module
+from .simd import simd_of
 
-__all__ = ["schedule_function", "schedule_module"]
+__all__ = ["attention", "schedule_function", "schedule_module", "simd_of"]
