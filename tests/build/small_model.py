@@ -122,7 +122,7 @@ def manifest(target: Target, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
         bounds={},
         scheme="t2a8g128",
         layers=(LayerInfo("table", (3, 4), "float32", None, 32.0, None, None, "rule", None, "too small"),),
-        functions=(FunctionInfo("matmul", None, "rule"),),
+        functions=(FunctionInfo("matmul", None, "rule", ("table",)),),
         target=TargetInfo(target.name, target.tvm, tuple(sorted(target.features))),
         versions={"tvm_ternary": "0.1.0", "apache-tvm": tvm.__version__},
         weights=described,

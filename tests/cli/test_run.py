@@ -170,3 +170,19 @@ def test_bad_library(library: Path, tmp_path: Path, spoil: Callable[[Path], obje
     line = error_line(cli("run", path))
     assert str(path) in line
     assert part in line
+
+
+def test_profile_and_trace(library: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    result = cli("run", library, "--dim", "batch=3", "--trace", trace, "--threads", "1", "--repeat", "2")
+    assert (result.returncode, result.stderr) == (0, "")
+    _, _, operators, layers = result.stdout.split("\n\n")
+    assert operators.split()[:4] == ["operator", "kernel", "calls", "ms"]
+    assert [line.split()[0] for line in layers.splitlines()[2:]] == ["layers.0.weight", "layers.1.weight"]
+    assert all(line.endswith("%") for line in layers.splitlines()[2:]), "a share of the roofline"
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any(name.startswith("ternary_matmul") for name in names)
+    document = json.loads(cli("run", library, "--profile", "--json", env={"CC": "/nowhere/cc"}).stdout)["profile"]
+    assert document["runs"] == 20
+    assert all(call["floor"] is None for call in document["calls"]), "no C compiler, no roofline"
+    assert {call["layer"] for call in document["calls"]} == {None, "layers.0.weight", "layers.1.weight"}

@@ -94,7 +94,7 @@ def test_the_text_is_canonical() -> None:
     document = json.loads(PLAIN.to_json())
     assert list(document) == sorted(document)
     assert document["format"] == "tvm-ternary"
-    assert document["version"] == 3
+    assert document["version"] == 4
     assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
     assert document["weights"] == {"sha256": "cd", "bytes": 12, "file": None, "names": []}
     assert document == PLAIN.to_dict()
@@ -148,8 +148,8 @@ def test_a_bound_is_a_number_of_at_least_one(most: object) -> None:
 
 
 def test_an_unknown_version_or_key_is_refused() -> None:
-    newer = {**PLAIN.to_dict(), "version": 4}
-    with pytest.raises(ArtifactError, match="has version 4; expected 3; compile the model again, or update"):
+    newer = {**PLAIN.to_dict(), "version": 5}
+    with pytest.raises(ArtifactError, match="has version 5; expected 4; compile the model again, or update"):
         Manifest.from_json(json.dumps(newer))
     with pytest.raises(ArtifactError, match="unknown key 'signature'"):
         Manifest.from_json(json.dumps({**PLAIN.to_dict(), "signature": ""}))

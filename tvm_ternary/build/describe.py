@@ -64,7 +64,10 @@ def describe(
                 if name not in imported.embeddings
             ),
         ),
-        functions=tuple(FunctionInfo(name, kernels.get(name), who) for name, who in lowered.schedules.items()),
+        functions=tuple(
+            FunctionInfo(name, kernels.get(name), who, lowered.layers.get(name, ()))
+            for name, who in lowered.schedules.items()
+        ),
         target=TargetInfo(target.name, dict(target.tvm), tuple(sorted(target.features))),
         versions={name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
         weights=describe_weights(params),

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_ternary.cli.options import add_json, add_verb, parse_pairs, print_json, whole_number
-from tvm_ternary.errors import InputError, OptionError, OutputError
+from tvm_ternary.errors import HostError, InputError, OptionError, OutputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from tvm_ternary.analysis.profile import Ceiling
+    from tvm_ternary.analysis.report import Table
     from tvm_ternary.runtime.manifest import TensorSpec
+    from tvm_ternary.runtime.module import Module
 
     Arrays = dict[str, npt.NDArray[Any]]
 
 _NAME_LENGTH = 100
+# Runs of a profile, where --repeat does not say.
+_PROFILED = 20
+# Bytes: what a model moves beside its weights, at least.
+_LEAST_BUFFER = 1 << 20
 
 _DESCRIPTION = """\
 Run a compiled model. An input that is not given is random within its declared shape; a dimension that is not given is
@@ -28,6 +36,7 @@ Run a compiled model. An input that is not given is random within its declared s
 _EXAMPLES = """\
   tvm-ternary run model.so
   tvm-ternary run model.so --dim batch=1 --dim length=128 --repeat 50 --threads 1
+  tvm-ternary run model.so --dim length=128 --profile --trace trace.json --threads 1
   tvm-ternary run model.so --device cuda:1 --repeat 100
   tvm-ternary run model.so --input input_ids=ids.npy --input attention_mask=mask.npy --output results
 """
@@ -46,6 +55,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
     parser.add_argument("--output", metavar="DIR", help="write every output there as NAME.npy")
     parser.add_argument("--repeat", metavar="N", type=int, help="time N runs, after one to warm up")
+    profile = "print the time of every operator and layer; with a C compiler their share of the roofline too"
+    parser.add_argument("--profile", action="store_true", help=profile)
+    parser.add_argument("--trace", metavar="FILE", help="write one run as a Chrome trace, and print the profile")
     parser.add_argument(
         "--device",
         metavar="DEVICE",
@@ -67,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
     from tvm_ternary.runtime.module import load
     from tvm_ternary.runtime.sample import random_inputs
 
+    if args.trace is not None:
+        from tvm_ternary.files import require_writable
+
+        require_writable(Path(args.trace))
     module = load(args.library, args.device, args.threads)
     given = {name: _read_array(name, file) for name, file in files.items()}
     sizes = _dimensions(module.inputs, given, dims)
@@ -75,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = module.run(None, inputs)
     written = _write_arrays(Path(args.output), names, outputs) if args.output else None
     timing = module.time(inputs, args.repeat) if args.repeat is not None else None
+    profiled = _profile(module, inputs, args) if args.profile or args.trace else None
     stats = [array_stats(name, array) for name, array in zip(names, outputs, strict=True)]
     if args.json:
         document = {
@@ -84,13 +101,49 @@ def run(args: argparse.Namespace) -> int:
             "outputs": [asdict(item) for item in stats],
             "files": None if written is None else [str(path) for path in written],
             "seconds": None if timing is None else asdict(timing),
+            "profile": None if profiled is None else profiled.document,
         }
         print_json(document)
         return 0
     from tvm_ternary.cli.tables import print_tables
 
-    print_tables([outputs_table(stats), *([timing_table(timing, module.threads)] if timing else [])])
+    timed = [timing_table(timing, module.threads)] if timing else []
+    print_tables([outputs_table(stats), *timed, *(profiled.tables if profiled else [])])
     return 0
+
+
+@dataclass(frozen=True)
+class _Profiled:
+    tables: list[Table]
+    document: dict[str, Any]
+
+
+def _profile(module: Module, inputs: Arrays, args: argparse.Namespace) -> _Profiled:
+    """Profile, write the trace, and make the tables."""
+    from tvm_ternary.analysis.profile import as_document, layers_table, operators_table, write_trace
+
+    profile = module.profile(inputs, args.repeat or _PROFILED)
+    if args.trace is not None:
+        write_trace(profile, Path(args.trace))
+    ceiling = _ceiling(module)
+    about = profile, module.manifest, ceiling
+    return _Profiled([operators_table(*about), layers_table(*about)], as_document(*about))
+
+
+def _ceiling(module: Module) -> Ceiling | None:
+    """What this machine can do at most; without a C compiler nobody knows, which is said."""
+    from tvm_ternary.analysis.profile import Ceiling, activation_bits
+    from tvm_ternary.bench.roofline import Roofline
+    from tvm_ternary.target import resolve
+
+    try:
+        limits = Roofline(resolve(module.manifest.target.name), module.threads)
+    except HostError as error:
+        print(f"tvm-ternary: note: no share of the roofline: {error}", file=sys.stderr)
+        return None
+    bits = {32, *map(activation_bits, module.manifest.layers)}
+    size = max(module.manifest.sizes.weights_after, _LEAST_BUFFER)
+    return Ceiling(limits.bandwidth(size), {one: limits.peak(one) for one in bits})
 
 
 def _read_array(name: str, file: str) -> npt.NDArray[Any]:

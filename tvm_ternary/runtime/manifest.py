@@ -1,4 +1,4 @@
-"""What an artifact says about itself: a JSON document, version 3, read and written without loss.
+"""What an artifact says about itself: a JSON document, version 4, read and written without loss.
 
 It holds no time and no absolute path, so that the same input gives the same bytes.
 """
@@ -14,7 +14,7 @@ from tvm_ternary.errors import ArtifactError, LayoutError
 from tvm_ternary.runtime.reader import Reader
 
 FORMAT = "tvm-ternary"
-VERSION = 3
+VERSION = 4
 DTYPES = (
     "bool",
     "int8",
@@ -121,11 +121,16 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class FunctionInfo:
-    """One compiled function of the library, the kernel it is (None for the rest of the graph) and who scheduled it."""
+    """One compiled function of the library, the kernel it is (None for the rest of the graph) and who scheduled it.
+
+    ``layers`` says whose weights its first call in a run reads, its second, and so on: names of ``Manifest.layers``, or
+    empty for weights without a name. It is empty altogether where a run does not always make the same calls.
+    """
 
     name: str
     kernel: str | None
     schedule: str
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tvm_ternary.runtime.driver import read_devices
 from tvm_ternary.runtime.inputs import check_inputs, check_outputs
 from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import Manifest, TensorSpec
+from tvm_ternary.runtime.profile import Profile, take_profile
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
 from tvm_ternary.runtime.weights import read_weights
 from tvm_ternary.target import host_features
@@ -108,7 +109,7 @@ class Module:
         self._release_pool = tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")
         self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
         self._thread = ComputeThread(tvm_ffi, threads)
-        self._main, self._weights = self._thread.call(self._open)
+        self._machine, self._main, self._weights = self._thread.call(self._open)
 
     @property
     def manifest(self) -> Manifest:
@@ -188,13 +189,34 @@ class Module:
             If ``repeat`` or ``number`` is below 1.
         """
         self._check_process()
-        for name, value in (("repeat", repeat), ("number", number)):
-            if value < 1:
-                raise OptionError(name, f"is {value}; expected at least 1")
+        _check_counts(repeat=repeat, number=number)
         arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
         runs = self._thread.call(self._time, arrays, repeat, number)
         p20, median, p80 = (float(value) for value in np.percentile(runs, (20, 50, 80)))
         return Timing(median, p20, p80, tuple(runs))
+
+    def profile(self, inputs: Mapping[str, npt.ArrayLike], repeat: int = 10) -> Profile:
+        """Measure every call of a run, in order.
+
+        Parameters
+        ----------
+        inputs : mapping of str to array
+            As for `run`.
+        repeat : int
+            How many runs to measure.
+
+        Raises
+        ------
+        InputError
+            As for `run`.
+        OptionError
+            If ``repeat`` is below 1, or the model is on a GPU, where calls return before they are done.
+        """
+        if self._device.kind != "cpu":
+            raise OptionError("profile", f"is for the CPU; this model is on {self._device}", "use nsys for a GPU")
+        _check_counts(repeat=repeat)
+        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
+        return self._thread.call(self._profile, arrays, repeat)
 
     def _check_process(self) -> None:
         if self._device.kind == "cuda" and self._process != os.getpid():
@@ -203,7 +225,7 @@ class Module:
 
     # What follows runs on the compute thread only.
 
-    def _open(self) -> tuple[Callable[..., Any], list[Any]]:
+    def _open(self) -> tuple[Any, Callable[..., Any], list[Any]]:
         try:
             library = self._tvm_ffi.load_module(_spelling(self._artifact.path))
             machine = library["vm_load_executable"]()
@@ -220,7 +242,7 @@ class Module:
             raise ArtifactError(str(self._artifact.path), problem, self._versions()) from error
         info = self.manifest.weights
         arrays = read_weights(self._artifact.path.parent, info) if info.file is not None else ()
-        return main, self._upload(arrays)
+        return machine, main, self._upload(arrays)
 
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
         results = self._call(self._tensors(arrays))
@@ -238,6 +260,12 @@ class Module:
             self._synchronize(self._place, _DEFAULT_STREAM)
             runs.append((time.perf_counter() - start) / number)
         return runs
+
+    def _profile(self, arrays: list[npt.NDArray[Any]], repeat: int) -> Profile:
+        tensors = self._tensors(arrays)
+        self._call(tensors)
+        layers = {function.name: function.layers for function in self.manifest.functions}
+        return take_profile(self._machine, lambda: self._main(*tensors), self._tvm_ffi.Tensor, layers, repeat)
 
     def _call(self, tensors: list[Any]) -> list[Any]:
         try:
@@ -300,6 +328,12 @@ class Module:
     def _versions(self) -> str:
         built = ", ".join(f"{name} {version}" for name, version in sorted(self.manifest.versions.items()))
         return f"it was compiled with {built}" if built else "compile the model again"
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise OptionError(name, f"is {value}; expected at least 1")
 
 
 _files_seen: dict[Path, list[int]] = {}
