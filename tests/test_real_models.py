@@ -48,7 +48,7 @@ class Model:
     sizes : tuple of dict
         Sizes by dimension. The first is also what the static test fixes.
     fixed : dict
-        Dimensions that the file leaves open and its graph does not: always numbers.
+        Dimensions that the file leaves open and its graph does not: numbers, or the dimension that one equals.
     constants : dict
         Inputs that become constants.
     bound : float
@@ -58,7 +58,7 @@ class Model:
     path: str
     inputs: Callable[..., Arrays]
     sizes: tuple[dict[str, int], ...]
-    fixed: dict[str, int] = field(default_factory=dict)
+    fixed: dict[str, int | str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
     bound: float = FLOAT_BOUND
 
@@ -100,7 +100,7 @@ def page(name: str, channels: int, *dims: str | int) -> Callable[..., Arrays]:
 
 def sound(random: np.random.Generator, sizes: Mapping[str, int]) -> Arrays:
     """A window of noise and a state."""
-    batch = sizes.get("batch", 1)
+    batch = next((size for name, size in sizes.items() if name in ("batch", "input_dim_0")), 1)
     return {
         "input": 0.1 * random.standard_normal((batch, 576), dtype=np.float32),
         "state": random.standard_normal((2, batch, 128), dtype=np.float32),
@@ -139,8 +139,8 @@ MODELS = {
     "silero-op16": Model(
         "silero_vad/data/silero_vad.onnx",
         sound,
-        ({"input_dim_0": 1, "state_dim_1": 1},),
-        fixed={"input_dim_1": 576},
+        ({"input_dim_0": 1}, {"input_dim_0": 3}),
+        fixed={"input_dim_1": 576, "state_dim_1": "input_dim_0"},
         constants={"sr": 16000},
     ),
     # float16 weights and sums: two ways to add them differ by its 11 bits, over some 10 layers.
@@ -211,7 +211,8 @@ def assert_same(model: Model, folder: Path, output: Path, dims: Mapping[str, int
     if not source.exists():
         assert model.path in DOWNLOADED
         pytest.skip(f"{source} is not here: run 'make models-real'")
-    options = {"layers": [], "embeddings": "float", "dims": {**model.fixed, **dims}, "constants": model.constants}
+    fixed = {name: dims.get(size, size) if isinstance(size, str) else size for name, size in model.fixed.items()}
+    options = {"layers": [], "embeddings": "float", "dims": {**fixed, **dims}, "constants": model.constants}
     tvm_ternary.compile(source, output, **options)
     module = tvm_ternary.load(output, threads=1)
     settings = onnxruntime.SessionOptions()

@@ -263,3 +263,12 @@ def test_a_folded_node_may_have_outputs_that_nobody_wants() -> None:
     g.node("Add", g.input("x", FLOAT, [1, 1, 4]), "last", output="y")
     g.output("y", FLOAT, [1, 1, 4])
     assert_matches(g.model(), [{"x": np.zeros((1, 1, 4), np.float32)}])
+
+
+def test_what_the_reference_has_in_a_later_version_only() -> None:
+    g = GraphBuilder(opset=17)
+    small = g.constant(np.arange(4, dtype=np.int8))
+    wide = g.node("DequantizeLinear", small, g.constant(0.5), g.constant(np.array(1, np.int8)))
+    g.node("Add", g.input("x", FLOAT, [4]), wide, output="y")
+    g.output("y", FLOAT, [4])
+    assert_matches(g.model(), [{"x": np.zeros(4, np.float32)}])

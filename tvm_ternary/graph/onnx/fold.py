@@ -15,6 +15,9 @@ LARGEST_GROWTH = 1 << 24
 """Elements up to which a node that makes large tensors out of small ones (``Expand``, ``Range``...) is folded: what is
 folded is stored in the artifact, what is not is computed when it is needed."""
 
+# From this version on the reference has every operator that it has at all.
+_COMPLETE = 19
+
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
@@ -44,12 +47,12 @@ def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant | None] | None:
         if isinstance(value, Constant)
     }
     try:
-        evaluator = ReferenceEvaluator(_function_of(node, opsets))
+        function = _function_of(node, opsets)
     except NotImplementedError:
         return None
     try:
         with np.errstate(all="ignore"):
-            results = evaluator.run(None, feeds, attributes={})
+            results = function.run(None, feeds, attributes={})
     except (ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
         node.refuse(f"cannot be computed from its constant inputs ({error})")
     if not all(isinstance(result, np.ndarray | np.generic) for result in results):
@@ -59,11 +62,21 @@ def fold(node: Node, opsets: Mapping[str, int]) -> list[Constant | None] | None:
     return [Constant(np.asarray(next(arrays)), (output, *inherited)) if output else None for output in node.outputs]
 
 
-def _function_of(node: Node, opsets: Mapping[str, int]) -> onnx.FunctionProto:
+def _function_of(node: Node, opsets: Mapping[str, int]) -> ReferenceEvaluator:
     """The node as a function: of a node alone the reference takes the newest version, whatever its operator set is."""
-    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     inputs, outputs = (list(dict.fromkeys(filter(None, names))) for names in (node.proto.input, node.proto.output))
-    return onnx.helper.make_function("folded", "Folded", inputs, outputs, [node.proto], imports)
+
+    def at(versions: Mapping[str, int]) -> ReferenceEvaluator:
+        imports = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
+        return ReferenceEvaluator(onnx.helper.make_function("folded", "Folded", inputs, outputs, [node.proto], imports))
+
+    try:
+        return at(opsets)
+    except NotImplementedError:
+        raise
+    except RuntimeError:
+        # The reference lacks the first versions of some operators, and has later ones that do the same and more.
+        return at({**opsets, "": max(opsets.get("", 1), _COMPLETE)})
 
 
 def _names(node: Node) -> tuple[str, ...]:
