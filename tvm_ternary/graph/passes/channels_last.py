@@ -39,6 +39,9 @@ POOLS = {
 }
 CHANNELS_FIRST = ("NCW", "NCHW")
 
+# The narrowest vector of any CPU.
+LANES = 4
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -162,7 +165,11 @@ class _Mover(relax.PyExprMutator):
         data, order = self._last(call.args[0])
         # (O, I, ...) to (..., I, O)
         weight = self._ordered(call.args[1], (*range(2, len(order)), 1, 0))
-        attrs = call.attrs
+        attrs, taps = call.attrs, list(weight.ty.shape.values)[:-2]
+        # A single channel has no lanes: others of zeros give it some. One tap is a product of vectors, which has.
+        lonely = int(weight.ty.shape.values[-1]) == 1 and any(int(size) > 1 for size in taps)
+        if lonely:
+            weight = self.builder_.emit(R.nn.pad(weight, [0, 0] * (len(taps) + 1) + [0, LANES - 1]))
         result = make(
             data,
             weight,
@@ -173,6 +180,8 @@ class _Mover(relax.PyExprMutator):
             data_layout=layout,
             kernel_layout=kernel_layout,
         )
+        if lonely:
+            result = R.strided_slice(self.builder_.emit(result), [len(order) - 1], [0], [1])
         return Stored(result, order)
 
     def _transposed_convolution(self, call: relax.Call) -> Stored | None:

@@ -133,14 +133,25 @@ class _Tiles:
             item = substitute(self.fold.value, {axis.var: i for axis, i in (*spatial, *folded)})
             return BufferStore(acc, self.fold.combine(acc[lane], item), [lane])
 
+        # A sum of sums: with an accumulator of its own for the last axis a long one loses far fewer bits.
+        nested = len(self.stage.reduced) > 1 and len(rows) == 1
+        part = accumulator(self.fold, width, "part")
+
         def nest(reduced: list[Expr]) -> Stmt:
-            if len(reduced) < len(self.stage.reduced):
-                return loop(self.stage.reduced[len(reduced)].extent, lambda k: nest([*reduced, k]), name="k")
-            pairs = zip(rows, sums, strict=True)
-            return sequence([vector(width, partial(step, row, acc, reduced)) for row, acc in pairs])
+            if len(reduced) == len(self.stage.reduced):
+                pairs = zip(rows, [part] if nested else sums, strict=True)
+                return sequence([vector(width, partial(step, row, acc, reduced)) for row, acc in pairs])
+            inner = loop(self.stage.reduced[len(reduced)].extent, lambda k: nest([*reduced, k]), name="k")
+            if not nested or len(reduced) < len(self.stage.reduced) - 1:
+                return inner
+            return sequence(start(self.fold, part, width), inner, vector(width, partial(add, sums[0], part)))
+
+        def add(acc: Var, more: Var, lane: Expr) -> Stmt:
+            return BufferStore(acc, self.fold.combine(acc[lane], more[lane]), [lane])
 
         def write(row: list[Expr], acc: Var, lane: Expr) -> Stmt:
             return self.write([*row, base + lane], acc[lane])
 
         finish = [vector(width, partial(write, row, acc)) for row, acc in zip(rows, sums, strict=True)]
-        return scope("columns", sequence([start(self.fold, acc, width) for acc in sums], nest([]), finish), sums)
+        begin = [start(self.fold, acc, width) for acc in sums]
+        return scope("columns", sequence(begin, nest([]), finish), [*sums, part] if nested else sums)

@@ -9,6 +9,7 @@ from tvm.ir import IRModule
 from tvm.target import Target
 
 from .columns import schedule_columns
+from .conv import schedule_convolution
 from .fallback import schedule_loops
 from .injective import schedule_injective
 from .inline import read_program
@@ -21,6 +22,7 @@ from .vector_math import expand_vector_math
 Rule = Callable[[Program, Simd], tirx.PrimFunc | None]
 
 RULES: tuple[tuple[str, Rule], ...] = (
+    ("rule:convolution", schedule_convolution),
     ("rule:matmul", schedule_matmul),
     ("rule:columns", schedule_columns),
     ("rule:rows", schedule_rows),
