@@ -1,4 +1,4 @@
-"""Element by element: binary operators, the variadic ones, casts, clips and normalization."""
+"""Element by element: binary operators, the variadic ones, casts and clips."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvm import relax
 from tvm.relax import op as R
 
 from tvm_ternary.graph.onnx.emitter import Emitter
-from tvm_ternary.graph.onnx.node import Node, axis_of
+from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.fallback import convert_with_tvm
 from tvm_ternary.graph.onnx.operators.shaping import filled
 from tvm_ternary.graph.onnx.values import Constant, Value
@@ -118,6 +118,16 @@ def cast(emitter: Emitter, node: Node) -> Value:
     return node.value(0) if emitter.dtype(node.value(0)) == target else convert_with_tvm(emitter, node)
 
 
+def cast_like(emitter: Emitter, node: Node) -> Value:
+    """``CastLike``; a constant is cast now, for its type may be one that exists as weights only."""
+    value, target = node.value(0), emitter.dtype(node.value(1))
+    if emitter.dtype(value) == target:
+        return value
+    if isinstance(value, Constant):
+        return Constant(value.array.astype(target), value.names)
+    return convert_with_tvm(emitter, node)
+
+
 def clip(emitter: Emitter, node: Node) -> Value:
     """``Clip`` with limits from attributes (before opset 11) or scalar inputs; a NaN limit is no limit."""
     result: Any = emitter.tensor(node.value(0), node)
@@ -142,36 +152,16 @@ def is_inf(emitter: Emitter, node: Node) -> relax.Expr:
     return functools.reduce(R.logical_or, found)
 
 
-def layer_normalization(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
-    """``LayerNormalization`` and, where they are wanted, the mean and the inverse deviation."""
-    x = emitter.tensor(node.value(0), node)
-    shape, dtype = emitter.known_shape(node.value(0), node), emitter.dtype(node.value(0))
-    axis = axis_of(node.attributes.get("axis", -1), len(shape), node)
-    axes = list(range(axis, len(shape)))
-    epsilon = float(node.attributes.get("epsilon", 1e-5))
-    scale = emitter.tensor(node.value(1), node)
-    if node.has(2):
-        bias = emitter.tensor(node.value(2), node)
-    else:
-        bias = relax.const(np.zeros(emitter.known_shape(node.value(1), node), dtype))
-    results: list[relax.Expr | None] = [R.nn.layer_norm(x, scale, bias, axes, epsilon)]
-    if any(node.outputs[1:]):
-        mean = emitter.emit(R.mean(x, axes, keepdims=True))
-        variance = emitter.emit(R.variance(x, axes, keepdims=True))
-        deviation = emitter.emit(R.sqrt(R.add(variance, relax.const(epsilon, dtype))))
-        results += [mean, R.divide(relax.const(1.0, dtype), deviation)]
-    return results
-
-
 def identity(emitter: Emitter, node: Node) -> Value:
     """``Identity``."""
     return node.value(0)
 
 
 def dropout(emitter: Emitter, node: Node) -> list[Value | None]:
-    """``Dropout`` does nothing at inference; its mask keeps everything."""
-    training = node.constant(2)
-    if node.has(2) and (training is None or bool(training)):
+    """``Dropout`` does nothing at inference, nor with a ratio of zero; its mask keeps everything."""
+    ratio, training = node.constant(1), node.constant(2)
+    drops = not node.has(1) or ratio is None or bool(ratio)
+    if node.has(2) and (training is None or bool(training)) and drops:
         node.refuse("training mode", "export the model for inference")
     if len(node.outputs) < 2 or not node.outputs[1]:
         return [node.value(0)]

@@ -37,20 +37,8 @@ def _if_set(attribute: str, usual: object, problem: str) -> _Rule:
     return lambda node, rank, dtype: None if node.attributes.get(attribute, usual) == usual else problem
 
 
-def _whole_tensor(node: Node, rank: int, dtype: str) -> str | None:
-    return "normalization over all axes" if node.attributes.get("axis", -1) % rank == 0 else None
-
-
-def _signed_shift(node: Node, rank: int, dtype: str) -> str | None:
-    return None if dtype.startswith("u") else f"shifts of {dtype}"
-
-
 _FLAWS: dict[str, _Rule] = {
     "NonMaxSuppression": _always("TVM selects no boxes"),
-    "BatchNormalization": _if_set("training_mode", 0, "training mode"),
-    "BitShift": _signed_shift,
     "ConvTranspose": _if_set("output_shape", None, "an explicit output shape"),
     "RoiAlign": _if_set("mode", "avg", "the maximum of a region"),
-    "SpaceToDepth": _if_set("mode", "DCR", "the order of channels CRD"),
-    "RMSNormalization": _whole_tensor,
 }

@@ -46,6 +46,18 @@ def extreme(largest: bool) -> Callable[[Emitter, Node], Value]:
     return convert
 
 
+def cumulative_product(emitter: Emitter, node: Node) -> Value:
+    """``CumProd``."""
+    (axis,) = emitter.dims(node.value(1), node)
+    axis = axis_of(axis, len(emitter.known_shape(node.value(0), node)), node)
+    data, dtype = emitter.tensor(node.value(0), node), emitter.dtype(node.value(0))
+    backward, exclusive = (bool(node.attributes.get(name, 0)) for name in ("reverse", "exclusive"))
+    if backward:
+        data = emitter.emit(R.flip(data, axis))
+    result = R.cumprod(data, axis, dtype, exclusive)
+    return R.flip(emitter.emit(result), axis) if backward else result
+
+
 def _neutral(dtype: str, largest: bool) -> float | int | bool:
     """What the maximum (or minimum) of nothing is."""
     if dtype == "bool":

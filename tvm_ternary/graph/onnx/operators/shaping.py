@@ -215,6 +215,21 @@ def transpose(emitter: Emitter, node: Node) -> Value:
     return node.value(0) if order == list(range(rank)) else R.permute_dims(emitter.tensor(node.value(0), node), order)
 
 
+def space_to_depth(emitter: Emitter, node: Node) -> relax.Expr:
+    """``SpaceToDepth``: the places within a block before the channels, or behind them in mode CRD."""
+    batch, channels, *sides = emitter.known_shape(node.value(0), node)
+    block = int(node.required("blocksize"))
+    parts = [emitter.algebra.quotient([side], [block]) for side in sides]
+    if None in parts:
+        node.refuse(f"sides {describe(sides)} cannot be shown to be multiples of {block}")
+    high, wide = parts
+    order = [0, 1, 3, 5, 2, 4] if node.attributes.get("mode", "DCR") == "CRD" else [0, 3, 5, 1, 2, 4]
+    apart = relax.ShapeExpr([as_expr(dim) for dim in (batch, channels, high, block, wide, block)])
+    joined = relax.ShapeExpr([as_expr(dim) for dim in (batch, channels * block * block, high, wide)])
+    data = emitter.emit(R.reshape(emitter.tensor(node.value(0), node), apart))
+    return R.reshape(emitter.emit(R.permute_dims(data, order)), joined)
+
+
 def triangle(emitter: Emitter, node: Node) -> relax.Expr:
     """``Trilu`` with a diagonal that is known."""
     k = node.constant(1) if node.has(1) else np.zeros((), np.int64)

@@ -10,11 +10,15 @@ from tvm.relax import op as R
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators import (
+    activation,
     arithmetic,
     attention,
+    bits,
     convolution,
     indexing,
     matrix,
+    normalization,
+    padding,
     quantized,
     recurrent,
     reduction,
@@ -65,7 +69,18 @@ _OURS: dict[str, Converter] = {
     "ReduceMax": reduction.extreme(largest=True),
     "ReduceMin": reduction.extreme(largest=False),
     "IsInf": arithmetic.is_inf,
-    "LayerNormalization": arithmetic.layer_normalization,
+    "CastLike": arithmetic.cast_like,
+    "BitShift": bits.bit_shift,
+    "BitCast": bits.bit_cast,
+    "Mish": activation.mish,
+    "Softplus": activation.softplus,
+    "Elu": activation.elu,
+    "Celu": activation.celu,
+    "CumProd": reduction.cumulative_product,
+    "LayerNormalization": normalization.layer_normalization,
+    "RMSNormalization": normalization.rms_normalization,
+    "LpNormalization": normalization.lp_normalization,
+    "BatchNormalization": normalization.batch_normalization,
     "Identity": arithmetic.identity,
     "Dropout": arithmetic.dropout,
     "Shape": shaping.shape,
@@ -86,6 +101,12 @@ _OURS: dict[str, Converter] = {
     "Gather": indexing.gather,
     "GatherElements": indexing.gather_elements,
     "GatherND": indexing.gather_nd,
+    "OneHot": indexing.one_hot,
+    "EyeLike": indexing.eye_like,
+    "ReverseSequence": indexing.reverse_sequence,
+    "TensorScatter": indexing.tensor_scatter,
+    "Pad": padding.pad,
+    "SpaceToDepth": shaping.space_to_depth,
 }
 
 
