@@ -31,7 +31,7 @@ from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize import quantization_error, quantize
 from tvm_ternary.quantize.config import require_embeddings
 from tvm_ternary.quantize.methods import find_method
-from tvm_ternary.quantize.plan import LayerPlan, make_plan
+from tvm_ternary.quantize.plan import LayerPlan, make_plan, named_by
 from tvm_ternary.quantize.settled import settled_plan
 from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import Manifest
@@ -179,7 +179,7 @@ def compile(
         find_method(method or DEFAULT_METHOD)
     with quantized_first(source, destination, first, dims, constants) as (ready, free, fixed):
         with stages.stage("import"):
-            imported = import_model(ready, free, fixed)
+            imported = import_model(ready, free, fixed, named_by(layers))
             if ready != source:
                 imported = replace(imported, name=source.resolve().name if source.is_dir() else source.stem)
             settled = read_config(ready)[1] if is_quantized(ready) else None

@@ -69,7 +69,7 @@ class TestRealModels:
         imported = assert_matches(models / MAGIKA, [{"bytes": random.integers(0, 257, (2, 2048)).astype(np.int32)}])
         assert imported.inputs[0].shape == ("unk__214", 2048)
         assert [matrix.shape for matrix in imported.params.values()] == [(257, 64), (512, 214)]
-        assert [reason for _, reason in imported.others.values()] == ["used by Conv"]
+        assert [reason for _, reason in imported.others.values()] == ["a convolution, ternary only if layers names it"]
 
     def test_silero_takes_the_branch_of_a_constant_rate(self, models: Path) -> None:
         random = np.random.default_rng(7)

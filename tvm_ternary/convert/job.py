@@ -27,7 +27,7 @@ from tvm_ternary.graph.onnx.data import data_files
 from tvm_ternary.graph.quantized import is_quantized, read_config
 from tvm_ternary.graph.source import import_model
 from tvm_ternary.quantize.config import LayerQuantizationConfig
-from tvm_ternary.quantize.plan import LayerPlan
+from tvm_ternary.quantize.plan import LayerPlan, named_by
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def quantize_model(
     destination = None if dry_run else _free(output, source, overwrite)
     report = progress or (lambda stage, done, total: None)
     report("import", 0, 1)
-    imported = import_model(source, dims, constants)
+    imported = import_model(source, dims, constants, named_by(chosen.layers))
     rows = {row.name: row for row in _with_ternary(chosen.plan(imported.shapes), imported, source)}
     report("import", 1, 1)
     budget = None if target_bpw is None and max_error is None else Budget(target_bpw, max_error)

@@ -114,8 +114,9 @@ def evaluate(
         matrices: list[dict[str, MatrixErrors]] = [{} for _ in rivals]
         if any(rival.weights for rival in rivals) and not is_library(model):
             with stages.stage("compare matrices"):
-                imported = workshop.import_float(model)
-                matrices = observe_matrices(imported, found.samples, [rival.weights for rival in rivals])
+                weights = [rival.weights for rival in rivals]
+                imported = workshop.import_float(model, lambda name: any(name in ternary for ternary in weights))
+                matrices = observe_matrices(imported, found.samples, weights)
     return Evaluation(
         model=os.fspath(model),
         data=found.description,

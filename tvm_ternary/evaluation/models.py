@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,9 @@ class Workshop:
         compiler.compile(Path(model), path, target=self.target, layers=(), embeddings="float", **fixed)
         return Runner("float", load(path, self.device, self.threads))
 
-    def import_float(self, model: Source) -> ImportedModel:
-        """Import what `open_float` compiles."""
-        return import_model(Path(model), self.dims, self.constants)
+    def import_float(self, model: Source, convolutions: Callable[[str], bool]) -> ImportedModel:
+        """Import what `open_float` compiles; as products those convolutions that are to be compared."""
+        return import_model(Path(model), self.dims, self.constants, convolutions)
 
     def open_rival(self, name: str, model: Source) -> Rival:
         """Compile a quantized folder, unless it is a library already, and load it.

@@ -102,6 +102,7 @@ def import_onnx(
     *,
     uses: Mapping[str, Sequence[MatrixUse]] | None = None,
     ternary: Mapping[str, TernaryTensor] | None = None,
+    convolutions: Callable[[str], bool] = lambda name: False,
 ) -> ImportedModel:
     """Import an ONNX model.
 
@@ -116,6 +117,9 @@ def import_onnx(
     uses, ternary : mappings, optional
         For the graph of a quantized checkpoint: what its first import called its matrices (`OnnxGraph.uses`), and those
         that are ternary, whose data the graph lacks.
+    convolutions : callable, optional
+        Which weights of convolutions become matrices, by name; by default none. A convolution with such a weight is a
+        product of the pixels under its taps.
 
     Returns
     -------
@@ -142,7 +146,7 @@ def import_onnx(
     for step in passes:
         model = step(model)
     name = (model.graph.name or "model") if isinstance(source, onnx.ModelProto) else Path(source).stem
-    imported = _translate(model, name, uses, ternary or {})
+    imported = _translate(model, name, uses, ternary or {}, convolutions)
     found = imported.ternary if ternary is None else ternary
     return replace(imported, params=_Matrices(imported.params, found), ternary=found)
 
@@ -178,9 +182,10 @@ def _translate(
     name: str,
     uses: Mapping[str, Sequence[MatrixUse]] | None,
     ternary: Mapping[str, TernaryTensor],
+    convolutions: Callable[[str], bool],
 ) -> ImportedModel:
     algebra = Algebra()
-    emitter = Emitter(relax.BlockBuilder(), algebra, uses, ternary)
+    emitter = Emitter(relax.BlockBuilder(), algebra, uses, ternary, convolutions)
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
     inputs = _inputs(model, algebra)
     emitter.taken.update(inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def import_model(
-    source: str | Path, dims: Mapping[str, int | str] | None = None, constants: Mapping[str, Any] | None = None
+    source: str | Path,
+    dims: Mapping[str, int | str] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    convolutions: Callable[[str], bool] = lambda name: False,
 ) -> ImportedModel:
     """Import a model from wherever it is.
 
@@ -33,6 +36,8 @@ def import_model(
         Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
     constants : mapping, optional
         Values for inputs that are to become constants.
+    convolutions : callable, optional
+        Which weights of convolutions become matrices, by name; by default none. A quantized folder knows its own.
 
     Returns
     -------
@@ -54,7 +59,7 @@ def import_model(
         return fix_inputs(import_checkpoint(path), dims, constants)
     if path.suffix == GGUF:
         return fix_inputs(import_gguf(path), dims, constants)
-    return import_onnx(path, dims, constants)
+    return import_onnx(path, dims, constants, convolutions=convolutions)
 
 
 def model_digest(source: str | Path) -> str:

@@ -6,7 +6,7 @@ No matrix is skipped in silence: a plan has a row for each, and a row that stays
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tvm_ternary.errors import OptionError
@@ -97,6 +97,23 @@ def parse_layers(layers: str | Sequence[str] | Mapping[str, str], scheme: str | 
     else:
         entries = [_entry(text, default) for text in ([layers] if isinstance(layers, str) else layers)]
     return [LayerRule(text, _pattern(text), own) for text, own in entries]
+
+
+def named_by(layers: str | Sequence[str] | Mapping[str, str] | None) -> Callable[[str], bool]:
+    """Tell which weights of convolutions are to be matrices: those that ``layers`` names.
+
+    Parameters
+    ----------
+    layers : str, sequence, mapping or None
+        As in `parse_layers`; None names none.
+
+    Returns
+    -------
+    callable (str) -> bool
+        Whether a regular expression of ``layers`` matches a name. A word, ``all`` for one, speaks of matrices only.
+    """
+    rules = [rule for rule in parse_layers(layers or (), Scheme(1, 8, PerChannel())) if not rule.is_word]
+    return lambda name: any(rule.pattern.search(name) for rule in rules)
 
 
 def make_plan(

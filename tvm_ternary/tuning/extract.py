@@ -18,7 +18,7 @@ from tvm_ternary.graph.source import import_model
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import require_device
 from tvm_ternary.quantize.exact import recognise
-from tvm_ternary.quantize.plan import make_plan
+from tvm_ternary.quantize.plan import make_plan, named_by
 from tvm_ternary.schedule.cuda import tasks as cuda
 from tvm_ternary.schedule.tasks import MatmulTask, realize
 from tvm_ternary.target import Target
@@ -77,7 +77,7 @@ def model_tasks(
         If an option names something that does not exist, no matrix becomes ternary, or the target has no kernel for
         a scheme or is of several GPU architectures.
     """
-    imported = import_model(model, dims, constants)
+    imported = import_model(model, dims, constants, named_by(layers))
     plan = make_plan(imported.shapes, scheme, layers)
     schemes = {row.name: row.scheme for row in plan if row.scheme is not None}
     tasks: dict[Task, None] = {}

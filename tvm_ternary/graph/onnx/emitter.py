@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,8 @@ class Emitter:
         in a quantized checkpoint the data of ternary ones are left out.
     absent : container of str, optional
         The matrices whose data are left out; zeros that take no memory stand in for them.
+    convolutions : callable, optional
+        Whether the weight of a convolution, by the name it would have, is to be a matrix. By default none is.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Emitter:
         algebra: Algebra,
         known: Mapping[str, Sequence[MatrixUse]] | None = None,
         absent: Container[str] = (),
+        convolutions: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.builder = builder
         self.algebra = algebra
@@ -87,6 +90,7 @@ class Emitter:
         self.uses: dict[str, list[MatrixUse]] = {}
         self.ternary: dict[str, TernaryTensor] = {}
         self._known, self._absent = known or {}, absent
+        self._convolutions = convolutions
         self.taken: set[str] = {use.matrix for uses in self._known.values() for use in uses}
         self._by_content: dict[tuple[object, ...], relax.Var] = {}
         self._constants: dict[int, tuple[Constant, relax.Expr]] = {}
@@ -208,6 +212,12 @@ class Emitter:
 
     # Matrices
 
+    def is_chosen(self, names: Sequence[str], node: onnx.NodeProto) -> bool:
+        """Whether a convolution's weight is to be a matrix: it was one in an earlier walk, or is chosen by name."""
+        if self._known:
+            return next(name for name in node.output if name) in self._known
+        return self._convolutions(matrix_name(names, node, self._bias(node)))
+
     def matrix(self, array: np.ndarray, names: Sequence[str], node: onnx.NodeProto) -> relax.Var:
         """The parameter that holds a (K, N) float32 matrix; the same content is the same parameter."""
         array = array.astype(np.float32, copy=False)
@@ -218,8 +228,8 @@ class Emitter:
         else:
             key = (array.shape, _digest(array))
             if key not in self._by_content:
-                bias = next((self.biases[name] for name in node.output if name in self.biases), None)
-                self._by_content[key] = self._parameter(unique(matrix_name(names, node, bias), self.taken), array)
+                name = matrix_name(names, node, self._bias(node))
+                self._by_content[key] = self._parameter(unique(name, self.taken), array)
             var = self._by_content[key]
         uses.append(MatrixUse(names[0] if names else "", var.name))
         return var
@@ -232,6 +242,9 @@ class Emitter:
             self.ternary[name] = weight
             var, array = self.parameters[name]
             self.parameters[name] = (var, np.broadcast_to(np.float32(0), array.shape))
+
+    def _bias(self, node: onnx.NodeProto) -> str | None:
+        return next((self.biases[name] for name in node.output if name in self.biases), None)
 
     def _parameter(self, name: str, array: np.ndarray) -> relax.Var:
         """The parameter of this name, made when it is new."""

@@ -69,14 +69,14 @@ def channels_last(module: tvm.IRModule) -> tvm.IRModule:
     tvm.IRModule
         Computes the same from the same inputs; the module itself where it has no convolution.
     """
-    names: set[str] = set()
+    found = False
 
     def visit(expr: relax.Expr) -> None:
-        if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op):
-            names.add(expr.op.name.removeprefix("relax."))
+        nonlocal found
+        found = found or (isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and _makes_image(expr))
 
     relax.analysis.post_order_visit(module["main"], visit)
-    if not names & {*CONVOLUTIONS, "nn.conv2d_transpose"}:
+    if not found:
         return module
     # Batch norm becomes arithmetic, and the biases, reshaped constants, become constants.
     passes = [
@@ -275,6 +275,8 @@ class _Mover(relax.PyExprMutator):
 
     def _permutation(self, call: relax.Call) -> Stored | None:
         stored = self._of(call.args[0])
+        if stored is None and _makes_image(call):
+            stored = Stored(self.visit_expr(call.args[0]), (0, 1, 2, 3))
         if stored is None or call.attrs.axes is None:
             return None
         axes = [int(axis) % len(stored.order) for axis in call.attrs.axes]
@@ -298,6 +300,14 @@ class _Mover(relax.PyExprMutator):
         # The new axes come first; being of length one, their place makes no difference.
         data = R.expand_dims(stored.data, list(range(len(added))))
         return Stored(data, (*added, *(old[axis] for axis in stored.order)))
+
+
+def _makes_image(call: relax.Call) -> bool:
+    """Whether it is a convolution, or makes an image of the rows of one that became a matrix product."""
+    name = call.op.name.removeprefix("relax.")
+    if name == "permute_dims":
+        return call.attrs.axes is not None and [int(axis) for axis in call.attrs.axes] == [0, 3, 1, 2]
+    return name in (*CONVOLUTIONS, "nn.conv2d_transpose")
 
 
 def _without(order: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
