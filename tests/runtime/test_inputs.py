@@ -128,3 +128,21 @@ def test_a_named_dimension_is_at_least_one_and_within_its_bound() -> None:
         with pytest.raises(InputError, match=message):
             check_inputs([spec], {"x": np.zeros(shape, np.float32)}, {"length": 8})
     assert random_inputs([spec], bounds={"length": 8})["x"].shape == (1, 8)
+
+
+def test_a_dimension_that_is_a_sum_of_others() -> None:
+    ids, mask = TensorSpec("ids", "int64", ("batch", "length")), TensorSpec("mask", "int64", ("batch", "past + length"))
+    state = TensorSpec("state", "float32", ("batch", "past", 4))
+    specs, bounds = [ids, mask, state], {"length + past": 24}
+    shapes = {name: array.shape for name, array in random_inputs(specs, bounds=bounds).items()}
+    assert shapes == {"ids": (1, 12), "mask": (1, 24), "state": (1, 12, 4)}
+    made = random_inputs(specs, {"past": 5, "length": 3})
+    assert made["mask"].shape == (1, 8)
+    check_inputs(specs, made, bounds)
+    for name, message in (("ids", r"input 'mask': has past \+ length=8; expected 7"), ("state", "expected 24")):
+        wrong = {**made, name: made[name][:, 1:] if name == "ids" else np.zeros((1, 21, 4), np.float32)}
+        with pytest.raises(InputError, match=message):
+            check_inputs(specs, wrong, bounds)
+    long = random_inputs(specs, {"past": 24, "length": 1})
+    with pytest.raises(InputError, match=r"inputs: have length \+ past=25; expected at most 24"):
+        check_inputs(specs, long, bounds)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tvm_ternary.errors import InputError
 from tvm_ternary.runtime.manifest import TensorSpec
+from tvm_ternary.runtime.sums import sum_of
 
 
 def check_inputs(
@@ -25,13 +26,13 @@ def check_inputs(
     specs : sequence of TensorSpec
     inputs : mapping of str to array
     bounds : mapping of str to int, optional
-        The largest value of a named dimension, where the model sets one.
+        The largest value of a named dimension, or a sum of some, where the model sets one.
 
     Raises
     ------
     InputError
         If an input is missing or unknown, or has another dtype, rank or shape than declared, or two inputs give one
-        named dimension different numbers, or one that is out of bounds.
+        named dimension different numbers, or one that is out of bounds, or one that is not the sum it is declared as.
     """
     names = [spec.name for spec in specs]
     if not isinstance(inputs, Mapping):
@@ -52,7 +53,20 @@ def check_inputs(
         if got < 1 or (most is not None and got > most):
             wanted = "at least 1" if most is None else f"1 to {most}"
             raise InputError(f"input {source!r}", f"has {dim}={got}; expected {wanted}")
+    _check_sums(bound, bounds or {})
     return arrays
+
+
+def _check_sums(bound: Mapping[str, tuple[int, str]], bounds: Mapping[str, int]) -> None:
+    sizes = {dim: got for dim, (got, _) in bound.items()}
+    for dim, (got, source) in bound.items():
+        total = sum_of(dim, sizes)
+        if total is not None and got != total:
+            raise InputError(f"input {source!r}", f"has {dim}={got}; expected {total}")
+    for dim, most in bounds.items():
+        total = sum_of(dim, sizes)
+        if total is not None and total > most:
+            raise InputError("inputs", f"have {dim}={total}; expected at most {most}")
 
 
 def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:

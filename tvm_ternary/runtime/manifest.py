@@ -249,10 +249,11 @@ class SizesInfo:
 class Manifest:
     """Everything an artifact says about itself; see the parts for their fields.
 
-    ``bounds`` holds the largest value of a named dimension where the model sets one, by its table of positions for
-    example; every named dimension is at least 1. ``versions`` maps a package (``tvm-ternary``, ``apache-tvm``,
-    ``apache-tvm-ffi``) to its version. ``kernels`` has a row for every GPU kernel and architecture, none on the CPU.
-    ``graph`` says that a run is captured as a CUDA graph and launched as one from then on.
+    ``bounds`` holds the largest value of a named dimension, or of a sum of some (``length + past``), where the model
+    sets one, by its table of positions for example; every named dimension is at least 1. ``versions`` maps a package
+    (``tvm-ternary``, ``apache-tvm``, ``apache-tvm-ffi``) to its version. ``kernels`` has a row for every GPU kernel and
+    architecture, none on the CPU. ``graph`` says that a run is captured as a CUDA graph and launched as one from then
+    on.
     """
 
     model: ModelInfo

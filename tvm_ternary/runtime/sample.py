@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.runtime.manifest import TensorSpec
+from tvm_ternary.runtime.sums import sum_of, terms
 
 _LEADING_DIM = 1
 _OTHER_DIM = 32
@@ -33,7 +34,7 @@ def random_inputs(
     dims : mapping of str to int, optional
         Numbers for named dimensions. One that is not given is 1 if it leads the shape of some input (a batch) and 32
         otherwise (a length or size; 32 because image models halve theirs up to five times), or its bound if that is
-        less.
+        less. One that is a sum of others is that sum.
     seed : int
         The same seed gives the same inputs.
     bounds : mapping of str to int, optional
@@ -53,7 +54,13 @@ def random_inputs(
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"dimension {name!r}", f"is {value!r}; expected a whole number >= 0")
     usual = {name: _LEADING_DIM if name in leading else _OTHER_DIM for name in names}
-    sizes = {name: dims.get(name, min(usual[name], (bounds or {}).get(name, usual[name]))) for name in names}
+    limits = dict(bounds or {})
+    for text, most in (bounds or {}).items():
+        for term in terms(text):
+            limits[term] = min(most // len(terms(text)), limits.get(term, most))
+    sizes = {name: dims.get(name, min(usual[name], limits.get(name, usual[name]))) for name in names}
+    sums = {name: sum_of(name, sizes) for name in names if name not in dims}
+    sizes |= {name: total for name, total in sums.items() if total is not None}
     generator = np.random.default_rng(seed)
     return {spec.name: _random(spec, sizes, generator) for spec in specs}
 
