@@ -148,28 +148,75 @@ def _joined(g: GraphBuilder, value: str, batch: str, length: str, width: int) ->
     return g.reshape(g.node("Transpose", value, perm=[0, 2, 1, 3]), batch, length, width)
 
 
-def gpt2(layers: int = 2, width: int = 32, heads: int = 4, vocabulary: int = 50, longest: int = 24) -> onnx.ModelProto:
+class Cache:
+    """Keys and values of the tokens before, and of all: nothing, outputs, or inputs and outputs.
+
+    Parameters
+    ----------
+    g : GraphBuilder
+    kind : str
+        ``none``, ``out`` (a prompt) or ``both`` (the steps behind it).
+    layers, heads, head : int
+    """
+
+    def __init__(self, g: GraphBuilder, kind: str, layers: int, heads: int, head: int) -> None:
+        self.g, self.kind = g, kind
+        self.past = kind == "both"
+        self.keys = "past + length" if self.past else "length"
+        self.shape = ["batch", heads, self.keys, head]
+        for name in self._names("past", layers) if self.past else ():
+            g.input(name, FLOAT, ["batch", heads, "past", head])
+
+    @staticmethod
+    def _names(which: str, layers: int) -> list[str]:
+        return [f"{which}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+    def count(self) -> str:
+        """How many tokens come before, a scalar."""
+        if not self.past:
+            return self.g.constant(0)
+        return self.g.node("Gather", self.g.node("Shape", "past.0.key"), self.g.constant(2), axis=0)
+
+    def joined(self, layer: int, key: str, value: str) -> list[str]:
+        """All keys and values of a layer, given the new ones."""
+        if self.kind == "none":
+            return [key, value]
+        parts = []
+        for name, new in (("key", key), ("value", value)):
+            olds = [f"past.{layer}.{name}"] if self.past else []
+            parts.append(self.g.node("Concat", *olds, new, axis=2, output=f"present.{layer}.{name}"))
+            self.g.output(parts[-1], FLOAT, self.shape)
+        return parts
+
+
+def gpt2(
+    layers: int = 2, width: int = 32, heads: int = 4, vocabulary: int = 50, longest: int = 24, *, cache: str = "none"
+) -> onnx.ModelProto:
     """A GPT-2-shaped decoder: learned positions, a causal mask from a table, fused q/k/v, tanh-GELU, tied embedding.
 
-    The projections are Reshape-Gemm-Reshape, as torch exports ``Conv1D``.
+    The projections are Reshape-Gemm-Reshape, as torch exports ``Conv1D``. For ``cache`` see `Cache`.
     """
     g = GraphBuilder("gpt2", seed=1)
     ids = g.input("input_ids", INT64, ["batch", "length"])
+    stored = Cache(g, cache, layers, heads, width // heads)
+    g.output("logits", FLOAT, ["batch", "length", vocabulary])
     batch, length = g.dim(ids, 0), g.dim(ids, 1)
     table = g.weight("transformer.wte.weight", vocabulary, width)
     count = g.node("Gather", g.node("Shape", ids), g.constant(1), axis=0)
-    positions = g.node("Unsqueeze", g.node("Range", g.constant(0), count, g.constant(1)), g.constant([0]))
+    before = stored.count()
+    end = g.node("Add", before, count)
+    positions = g.node("Unsqueeze", g.node("Range", before, end, g.constant(1)), g.constant([0]))
     tokens = g.node("Gather", table, ids, axis=0)
     x = g.node("Add", tokens, g.node("Gather", g.weight("transformer.wpe.weight", longest, width), positions, axis=0))
     causal = g.constant(np.tril(np.ones((1, 1, longest, longest), dtype=bool)), "transformer.causal")
-    rows = g.node("Slice", causal, g.constant([0]), length, g.constant([2]), g.constant([1]))
-    keep = g.node("Slice", rows, g.constant([0]), length, g.constant([3]), g.constant([1]))
+    first, last = (g.node("Unsqueeze", bound, g.constant([0])) for bound in (before, end))
+    rows = g.node("Slice", causal, first, last, g.constant([2]), g.constant([1]))
+    keep = g.node("Slice", rows, g.constant([0]), last, g.constant([3]), g.constant([1]))
     mask = g.node("Where", keep, g.constant(0.0), g.constant(np.finfo(np.float32).min))
     for i in range(layers):
-        x = _gpt2_block(g, x, f"transformer.h.{i}", batch, length, mask, width, heads)
+        x = _gpt2_block(g, x, i, stored, batch, length, mask, width, heads)
     x = _layer_norm(g, x, "transformer.ln_f", width)
     g.node("MatMul", x, g.node("Transpose", table, perm=[1, 0]), output="logits")
-    g.output("logits", FLOAT, ["batch", "length", vocabulary])
     return g.model()
 
 
@@ -184,10 +231,14 @@ def _conv1d(g: GraphBuilder, x: str, name: str, batch: str, length: str, inner: 
     return g.reshape(product, batch, length, outer)
 
 
-def _gpt2_block(g: GraphBuilder, x: str, name: str, batch: str, length: str, mask: str, width: int, heads: int) -> str:
+def _gpt2_block(
+    g: GraphBuilder, x: str, index: int, stored: Cache, batch: str, length: str, mask: str, width: int, heads: int
+) -> str:
+    name = f"transformer.h.{index}"
     fused = _conv1d(g, _layer_norm(g, x, f"{name}.ln_1", width), f"{name}.attn.c_attn", batch, length, width, 3 * width)
     parts = g.nodes_of("Split", fused, g.constant([width] * 3), outputs=[None] * 3, axis=2)
     q, k, v = (_heads(g, part, batch, length, heads, width // heads) for part in parts)
+    k, v = stored.joined(index, k, v)
     attended = _joined(g, _attention(g, q, k, v, mask, width // heads), batch, length, width)
     x = g.node("Add", _conv1d(g, attended, f"{name}.attn.c_proj", batch, length, width, width), x)
     inner = _conv1d(g, _layer_norm(g, x, f"{name}.ln_2", width), f"{name}.mlp.c_fc", batch, length, width, 4 * width)
@@ -199,17 +250,31 @@ def _gpt2_block(g: GraphBuilder, x: str, name: str, batch: str, length: str, mas
 
 
 def llama(
-    layers: int = 2, width: int = 32, heads: int = 4, kv_heads: int = 2, vocabulary: int = 50, inner: int = 48
+    layers: int = 2,
+    width: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocabulary: int = 50,
+    inner: int = 48,
+    *,
+    cache: str = "none",
 ) -> onnx.ModelProto:
-    """A LLaMA-shaped decoder: RoPE, RMSNorm, SwiGLU, grouped key and value heads, a mask from both inputs."""
+    """A LLaMA-shaped decoder: RoPE, RMSNorm, SwiGLU, grouped key and value heads, a mask from both inputs.
+
+    For ``cache`` see `Cache`.
+    """
     g = GraphBuilder("llama", seed=2)
     ids = g.input("input_ids", INT64, ["batch", "length"])
-    attention = g.input("attention_mask", INT64, ["batch", "length"])
+    stored = Cache(g, cache, layers, kv_heads, width // heads)
+    g.output("logits", FLOAT, ["batch", "length", vocabulary])
+    attention = g.input("attention_mask", INT64, ["batch", stored.keys])
     batch, length = g.dim(ids, 0), g.dim(ids, 1)
+    total = g.dim(attention, 1) if stored.past else length
     x = g.node("Gather", g.weight("model.embed_tokens.weight", vocabulary, width), ids, axis=0)
     head = width // heads
-    mask = _causal_mask(g, ids, attention, batch, length)
-    cos, sin = _rotary_tables(g, ids, batch, head)
+    before = stored.count()
+    mask = _causal_mask(g, before, attention, batch, length, total)
+    cos, sin = _rotary_tables(g, ids, before, batch, head)
     for i in range(layers):
         name = f"model.layers.{i}"
         normed = _rms_norm(g, x, f"{name}.input_layernorm", width)
@@ -220,7 +285,8 @@ def llama(
             for p, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
         q, k = _rotate(g, q, cos, sin, head), _rotate(g, k, cos, sin, head)
-        k, v = (_repeat_heads(g, value, batch, length, kv_heads, heads // kv_heads, head) for value in (k, v))
+        k, v = stored.joined(i, k, v)
+        k, v = (_repeat_heads(g, value, batch, total, kv_heads, heads // kv_heads, head) for value in (k, v))
         attended = _joined(g, _attention(g, q, k, v, mask, head), batch, length, width)
         x = g.node("Add", x, g.linear(attended, f"{name}.self_attn.o_proj", width, width, bias=False))
         normed = _rms_norm(g, x, f"{name}.post_attention_layernorm", width)
@@ -231,7 +297,6 @@ def llama(
     x = _rms_norm(g, x, "model.norm", width)
     g.nodes[-1].output[0] = "hidden"
     g.node("MatMul", "hidden", g.weight("lm_head.weight", width, vocabulary), output="logits")
-    g.output("logits", FLOAT, ["batch", "length", vocabulary])
     return g.model()
 
 
@@ -242,15 +307,17 @@ def _rms_norm(g: GraphBuilder, x: str, name: str, width: int) -> str:
     return g.node("Mul", scale, g.node("Mul", x, g.node("Div", g.constant(1.0), deviation)))
 
 
-def _causal_mask(g: GraphBuilder, ids: str, attention: str, batch: str, length: str) -> str:
-    """(batch, 1, length, length): minus infinity, almost, above the diagonal and where attention is 0."""
+def _causal_mask(g: GraphBuilder, before: str, attention: str, batch: str, length: str, total: str) -> str:
+    """(batch, 1, length, total): minus infinity, almost, for keys behind a query and where attention is 0."""
     lowest = g.constant(np.finfo(np.float32).min)
-    square = g.node("Concat", length, length, axis=0)
-    full = g.node("Expand", lowest, square)
-    count = g.node("Squeeze", length, g.constant([0]))
-    steps = g.node("Range", g.constant(0), count, g.constant(1))
-    later = g.node("Greater", steps, g.node("Reshape", g.node("Add", steps, g.constant(0)), g.constant([-1, 1])))
-    above = g.node("Mul", g.node("Trilu", full, g.constant(1), upper=1), g.node("Cast", later, to=FLOAT))
+    full = g.node("Expand", lowest, g.node("Concat", length, total, axis=0))
+    count, keys = (g.node("Squeeze", size, g.constant([0])) for size in (length, total))
+    columns = g.node("Range", g.constant(0), keys, g.constant(1))
+    rows = g.node("Range", before, g.node("Add", before, count), g.constant(1))
+    later = g.node("Greater", columns, g.node("Reshape", rows, g.constant([-1, 1])))
+    if total == length:
+        full = g.node("Trilu", full, g.constant(1), upper=1)
+    above = g.node("Mul", full, g.node("Cast", later, to=FLOAT))
     target = g.node("Concat", batch, g.constant([1, -1, -1]), axis=0)
     ones = g.node("ConstantOfShape", g.node("Shape", target), value=numpy_helper.from_array(np.array([1])))
     unset = g.node("Equal", target, g.node("Mul", ones, g.constant(-1)))
@@ -262,12 +329,13 @@ def _causal_mask(g: GraphBuilder, ids: str, attention: str, batch: str, length: 
     return g.node("Max", g.node("Add", causal, shown), lowest)
 
 
-def _rotary_tables(g: GraphBuilder, ids: str, batch: str, head: int) -> tuple[str, str]:
+def _rotary_tables(g: GraphBuilder, ids: str, before: str, batch: str, head: int) -> tuple[str, str]:
     """Cosine and sine (batch, 1, length, head) of positions times frequencies, by a MatMul of inner size 1."""
     frequencies = g.constant(10000.0 ** (-np.arange(0, head, 2, dtype=np.float32) / head).reshape(1, -1, 1), "inv_freq")
     spread = g.node("Expand", frequencies, g.node("Concat", batch, g.constant([1, 1]), axis=0))
-    end = g.node("Cast", g.node("Gather", g.node("Shape", ids), g.constant(1)), to=FLOAT)
-    positions = g.node("Unsqueeze", g.node("Range", g.constant(0.0), end, g.constant(1.0)), g.constant([0, 1]))
+    end = g.node("Add", before, g.node("Gather", g.node("Shape", ids), g.constant(1)))
+    bounds = [g.node("Cast", bound, to=FLOAT) for bound in (before, end)]
+    positions = g.node("Unsqueeze", g.node("Range", *bounds, g.constant(1.0)), g.constant([0, 1]))
     angles = g.node("Transpose", g.node("MatMul", spread, positions), perm=[0, 2, 1])
     both = g.node("Unsqueeze", g.node("Concat", angles, angles, axis=-1), g.constant([1]))
     return g.node("Cos", both), g.node("Sin", both)

@@ -100,13 +100,22 @@ def test_division_by_zero() -> None:
 
 def test_bounds() -> None:
     names = Names()
-    assert names.algebra.limit(names.n, 512) == ("n", 512)
+    assert names.algebra.limit(names.n, 512) == {"n": 512}
     assert names.algebra.equal(names.algebra.minimum(names.n, 512), names.n)
-    assert names.algebra.limit(2 * names.n + 1, 100) == ("n", 49)
-    assert names.algebra.limit(names.n, 512) == ("n", 49), "the tighter bound stays"
-    assert names.algebra.limit(names.m + names.n, 512) is None
+    assert names.algebra.limit(2 * names.n + 1, 100) == {"n": 49}
+    assert names.algebra.limit(names.n, 512) == {"n": 49}, "the tighter bound stays"
+    assert names.algebra.limit(names.m * names.n, 512) is None
+    assert names.algebra.limit(2 * names.m + names.n, 512) is None
     assert names.algebra.limit(4 - names.m, 2) is None
     assert names.algebra.limit(names.m + 7, 7) is None, "no size is left"
+
+
+def test_bounds_of_sums() -> None:
+    names = Names()
+    assert names.algebra.limit(names.m + names.n + 2, 514) == {"m": 511, "n": 511, "m + n": 512}
+    assert names.algebra.equal(names.algebra.minimum(names.m + names.n, 512), names.m + names.n)
+    assert names.algebra.proves(names.m + names.n <= 512)
+    assert not names.algebra.proves(names.m + names.n <= 511)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 3), (0,)])

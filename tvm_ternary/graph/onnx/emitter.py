@@ -40,7 +40,7 @@ class Emitter:
     algebra : Algebra
         Knows the symbolic dimensions.
     bounds : dict[str, int]
-        The largest value each symbolic dimension may take, where the model sets one.
+        The largest value that a symbolic dimension, or a sum of several, may take, where the model sets one.
     parameters : dict[str, tuple[relax.Var, np.ndarray]]
         Matrices that multiply activations, (K, N) float32, in the order of their first use.
     embeddings : dict[str, tuple[int, ...]]
@@ -143,18 +143,17 @@ class Emitter:
         return node.refuse("a shape or bound is computed from the model's data")
 
     def limit(self, expr: Dim, most: int) -> bool:
-        """Assume that an expression over a symbolic dimension is at most ``most`` and note the bound it sets.
+        """Assume that an expression over symbolic dimensions is at most ``most`` and note the bounds that sets.
 
         Returns
         -------
         bool
-            False when no single dimension can be bounded; nothing is assumed then.
+            False when it is no dimension and no sum of some; nothing is assumed then.
         """
-        bound = self.algebra.limit(expr, most)
-        if bound is not None:
-            name, largest = bound
+        limits = self.algebra.limit(expr, most)
+        for name, largest in (limits or {}).items():
             self.bounds[name] = min(largest, self.bounds.get(name, largest))
-        return bound is not None
+        return limits is not None
 
     # Values as Relax expressions
 

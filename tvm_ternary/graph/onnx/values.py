@@ -12,6 +12,9 @@ Nodes whose inputs are all of the first two kinds are computed at import and lea
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -103,6 +106,7 @@ class Algebra:
 
     def __init__(self) -> None:
         self._analyzer = Analyzer()
+        self._assumptions: list[Any] = []
 
     def dimension(self, name: str) -> tirx.Var:
         """Make the variable of a symbolic dimension."""
@@ -111,25 +115,44 @@ class Algebra:
         self._analyzer.bind(var, Range.from_min_extent(one, tirx.const(_LARGEST_DIMENSION, "int64")))
         return var
 
-    def limit(self, expr: Any, most: int) -> tuple[str, int] | None:
+    def limit(self, expr: Any, most: int) -> dict[str, int] | None:
         """Assume that an expression is at most ``most``.
 
         Returns
         -------
-        tuple[str, int] or None
-            The dimension and the largest value it may then take; None when the expression does not grow with one
-            dimension alone, and nothing is assumed.
+        dict of str to int, or None
+            Dimensions and the largest value that each may then take; of a sum of dimensions, ``past + length``, its own
+            too. None when the expression is neither that nor grows with one dimension, and nothing is assumed.
         """
         names = undefined_vars(expr)
-        if len(names) != 1:
+        if len(names) > 1:
+            return self._limit_sum(expr, names, most)
+        if not names:
             return None
         factor, offset = (self.simplify(part) for part in detect_linear_equation(expr, names) or (0, 0))
         if not isinstance(factor, int) or not isinstance(offset, int) or factor < 1 or most < factor + offset:
             return None
-        largest = min((most - offset) // factor, self._analyzer.const_int_bound(names[0]).max_value)
+        return {names[0].name: self._bound(names[0], (most - offset) // factor)}
+
+    def _limit_sum(self, expr: Any, names: Sequence[Any], most: int) -> dict[str, int] | None:
+        *factors, offset = (self.simplify(part) for part in detect_linear_equation(expr, names) or (0,))
+        most -= offset if isinstance(offset, int) else most
+        if any(factor != 1 for factor in factors) or len(factors) != len(names) or most < len(names):
+            return None
+        limits = {name.name: self._bound(name, most - len(names) + 1) for name in names}
+        text = " + ".join(sorted(limits))
+        for order in itertools.permutations(names):  # the analyzer finds a sum only as it was written
+            assumption = self._analyzer.constraint_scope(functools.reduce(operator.add, order) <= most)
+            assumption.__enter__()
+            self._assumptions.append(assumption)  # it holds as long as it is kept
+        return limits | {text: most}
+
+    def _bound(self, name: tirx.Var, most: int) -> int:
+        """Bind a dimension to at most a value, or to less where it was before."""
+        largest = min(most, self._analyzer.const_int_bound(name).max_value)
         extent = Range.from_min_extent(tirx.const(1, "int64"), tirx.const(largest, "int64"))
-        self._analyzer.bind(names[0], extent, allow_override=True)
-        return names[0].name, largest
+        self._analyzer.bind(name, extent, allow_override=True)
+        return int(largest)
 
     def simplify(self, item: Any) -> Any:
         """The simplest form: a Python number where the value does not depend on a symbolic dimension."""

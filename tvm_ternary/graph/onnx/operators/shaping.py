@@ -253,8 +253,9 @@ def strided(emitter: Emitter, node: Node) -> Value:
         if step < 0:
             data, (begin, stop) = _flipped(emitter, data, dims[axis], axis, start, end)
         else:
+            stop = _limit(emitter, end, dims[axis])  # first, for what it assumes holds for the beginning too
             begin = _inside(emitter, start, dims[axis])
-            stop = emitter.algebra.maximum(_limit(emitter, end, dims[axis]), begin)
+            stop = emitter.algebra.maximum(stop, begin)
         begins.append(begin)
         stops.append(stop)
         strides.append(abs(step))
