@@ -85,9 +85,17 @@ class TestRealModels:
         assert [spec.name for spec in imported.inputs] == ["input", "state"]
         assert set(imported.params) == {"model.decoder.rnn.weight_ih", "model.decoder.rnn.weight_hh"}
 
-    def test_silero_with_an_open_rate_says_what_to_do(self, models: Path) -> None:
-        with pytest.raises(UnsupportedOperatorError, match=r"node_cond__1: operator If .* --constant NAME=VALUE"):
-            import_onnx(models / SILERO)
+    def test_silero_with_an_open_rate_chooses_between_both_models(self, models: Path) -> None:
+        random = np.random.default_rng(7)
+        cases = [
+            {
+                "input": random.standard_normal((2, width)).astype(np.float32),
+                "state": random.standard_normal((2, 2, 128)).astype(np.float32),
+                "sr": np.array(rate),
+            }
+            for rate, width in ((16000, 576), (8000, 288))
+        ]
+        assert len(assert_matches(models / SILERO, cases).params) == 4
 
 
 class TestDecoders:
