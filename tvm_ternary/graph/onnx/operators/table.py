@@ -22,6 +22,7 @@ from tvm_ternary.graph.onnx.operators import (
     quantized,
     recurrent,
     reduction,
+    resize,
     shaping,
 )
 from tvm_ternary.graph.onnx.operators.contrib.table import CONTRIB
@@ -106,6 +107,8 @@ _OURS: dict[str, Converter] = {
     "ReverseSequence": indexing.reverse_sequence,
     "TensorScatter": indexing.tensor_scatter,
     "Pad": padding.pad,
+    "Resize": resize.resize,
+    "Upsample": resize.resize,
     "SpaceToDepth": shaping.space_to_depth,
 }
 
