@@ -12,19 +12,20 @@ Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", ACM 
 from __future__ import annotations
 
 from tvm.ir import TensorLoad
-from tvm.tirx import Add, IfThenElse, Mul, PrimFunc
+from tvm.tirx import Add, IfThenElse, Mul, PrimFunc, Stmt
 
 from .epilogue import read_writer
 from .fold import read_fold
-from .nest import static
+from .nest import product, static
 from .program import Program, uses
 from .simd import Simd
 from .tiles import Kernel, Matmul, runs_along
 
-# Rows of a tile that are tried, tallest first, for a vector unit of so many registers. With two vectors of columns the
-# tallest takes 24 (12) registers for sums and leaves the rest for the panel and a broadcast of the first factor.
-TILE_ROWS = {32: (12, 4, 1), 16: (6, 3, 1)}
-PANEL_VECTORS = 2
+# Rows and vectors of a tile, for a vector unit of so many registers. As many sums as the latency of a multiply-add
+# needs are under way; the tallest tile takes 24 (12) registers for them and leaves the rest for the panel and a
+# broadcast of the first factor. With fewer rows a panel is read where it lies, in runs of its width: the wider the
+# better.
+TILES = {32: ((12, 2), (4, 4), (1, 8)), 16: ((6, 2), (3, 4), (1, 8))}
 
 
 def read_matmul(program: Program) -> Matmul | None:
@@ -82,15 +83,32 @@ def schedule_matmul(program: Program, simd: Simd) -> PrimFunc | None:
     found = read_matmul(program)
     if found is None:
         return None
-    lanes = simd.lanes("float32")
+    height = product([axis.extent for axis in found.rows])
+    tallest, middle, lowest = TILES[simd.registers]
+
+    def nest(tile: tuple[int, int]) -> Stmt:
+        copies = tile == tallest
+        rows, vectors = tile
+        return _by_width(found, simd.lanes("float32"), vectors, rows, middle[0] if copies else 0, copies=copies)
+
+    known = static(height)
+    choices = ((tallest[0], tallest), (middle[0], middle), (0, lowest))
+    if known is not None:
+        return program.with_nest(nest(next(tile for least, tile in choices if known >= least)))
+    result = nest(lowest)
+    for least, tile in reversed(choices[:-1]):
+        result = IfThenElse(height >= least, nest(tile), result)
+    return program.with_nest(result)
+
+
+def _by_width(found: Matmul, lanes: int, vectors: int, rows: int, short: int, *, copies: bool) -> Stmt:
+    """Panels of at most so many vectors, such that the last one overlaps little."""
     columns = found.column.extent
     known = static(columns)
-    width = lanes * PANEL_VECTORS
-    while known is not None and known < width and width > lanes:
-        width -= lanes
-    kernel = Kernel(found, lanes, width, TILE_ROWS[simd.registers])
-    if known is not None and known >= width:
-        return program.with_nest(kernel.wide())
-    if known is not None:
-        return program.with_nest(kernel.narrow())
-    return program.with_nest(IfThenElse(columns >= width, kernel.wide(), kernel.narrow()))
+    if known is None:
+        kernel = Kernel(found, lanes, lanes * min(vectors, 2), rows, short, copies)
+        return IfThenElse(columns >= kernel.width, kernel.wide(), kernel.narrow())
+    widths = [count * lanes for count in range(1, vectors + 1) if count * lanes <= known] or [lanes]
+    width = min(widths, key=lambda width: (-(-known // width) * width, -width))
+    kernel = Kernel(found, lanes, width, rows, short, copies)
+    return kernel.wide() if known >= width else kernel.narrow()

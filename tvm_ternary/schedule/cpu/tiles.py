@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import tvm_ffi
 from tvm import tirx
@@ -98,14 +97,20 @@ class Kernel:
         Elements of one vector.
     width : int
         Columns of a panel, whole vectors.
-    tile_rows : tuple of int
-        Heights of tiles to choose from, tallest first; the last is 1.
+    rows : int
+        Rows of a tile; the matrix has as many at least.
+    short : int
+        Rows of the tile that ends a matrix where few are left; 0 for none but whole ones.
+    copies : bool
+        Whether there are so many rows that a copy of each panel pays.
     """
 
     matmul: Matmul
     lanes: int
     width: int
-    tile_rows: tuple[int, ...]
+    rows: int
+    short: int
+    copies: bool
 
     @property
     def height(self) -> Expr:
@@ -115,7 +120,7 @@ class Kernel:
     @property
     def block_rows(self) -> int:
         """Rows that one task does."""
-        return BLOCK_TILES * self.tile_rows[0]
+        return BLOCK_TILES * self.rows
 
     def wide(self) -> Stmt:
         """At least one panel of columns: every panel is full, the last overlaps the one before it."""
@@ -124,7 +129,7 @@ class Kernel:
 
         def panel(batch: tuple[Expr, ...], number: Expr, block: Expr) -> Stmt:
             one = _Panel(batch, tirx.min(number * self.width, columns - self.width), block, None)
-            return self._by_height(partial(self._packed, one), partial(self._direct if in_place else self._packed, one))
+            return self._direct(one) if in_place and not self.copies else self._packed(one)
 
         return self._panels(tirx.ceildiv(columns, self.width), panel)
 
@@ -132,8 +137,7 @@ class Kernel:
         """Fewer columns than a panel: the panel is padded with zeros and only its real columns are stored."""
 
         def panel(batch: tuple[Expr, ...], _number: Expr, block: Expr) -> Stmt:
-            write = partial(self._packed, _Panel(batch, index(0), block, self.matmul.column.extent))
-            return self._by_height(write, write)
+            return self._packed(_Panel(batch, index(0), block, self.matmul.column.extent))
 
         return self._panels(index(1), panel)
 
@@ -145,23 +149,11 @@ class Kernel:
         work = product([rows, self.matmul.inner.extent, self.width // WORK_SHARE])
         return space(extents, work, lambda at: panel(tuple(at[:-2]), at[-2], at[-1]))
 
-    def _by_height(self, tallest: Callable[[int], Stmt], others: Callable[[int], Stmt]) -> Stmt:
-        """Choose the tallest tile that the matrix fills; only the tallest makes a copy of the panel pay."""
-        known = static(self.height)
-        choices = [(rows, tallest if rows == self.tile_rows[0] else others) for rows in self.tile_rows]
-        if known is not None:
-            choices = [next((choice for choice in choices if choice[0] <= known), choices[-1])]
-        (rows, write), *taller = reversed(choices)
-        result = write(rows)
-        for rows, write in taller:
-            result = IfThenElse(self.height >= rows, write(rows), result)
-        return result
-
-    def _direct(self, panel: _Panel, rows: int) -> Stmt:
+    def _direct(self, panel: _Panel) -> Stmt:
         """Tiles that read the second factor where it is."""
-        return self._tiles(panel, rows, lambda k, column: self._right(panel, k, panel.base + column))
+        return self._tiles(panel, lambda k, column: self._right(panel, k, panel.base + column))
 
-    def _packed(self, panel: _Panel, rows: int) -> Stmt:
+    def _packed(self, panel: _Panel) -> Stmt:
         """Tiles that read a copy of the panel."""
         copy = tirx.decl_buffer((self.matmul.inner.extent, index(self.width)), "float32", "panel")
 
@@ -171,17 +163,16 @@ class Kernel:
             zeros = self._vectors(lambda c: BufferStore(copy, ZERO, [k, c]))
             return sequence(zeros, loop(panel.valid, lambda c: BufferStore(copy, self._right(panel, k, c), [k, c])))
 
-        tiles = self._tiles(panel, rows, lambda k, column: copy[k, column])
+        tiles = self._tiles(panel, lambda k, column: copy[k, column])
         return scope("panel", sequence(loop(self.matmul.inner.extent, fill, name="pack"), tiles), [copy])
 
-    def _tiles(self, panel: _Panel, rows: int, right: Callable[[Expr, Expr], Expr]) -> Stmt:
+    def _tiles(self, panel: _Panel, right: Callable[[Expr, Expr], Expr]) -> Stmt:
         """The tiles of one block of rows.
 
         What is left at the end is done by one more tile, which ends with the matrix and so overlaps the one before it:
         a short one if few rows are left.
         """
-        first = panel.block * BLOCK_TILES
-        short = self.tile_rows[1] if rows == self.tile_rows[0] else 0
+        first, rows, short = panel.block * BLOCK_TILES, self.rows, self.short
         count = product([tirx.min(tirx.ceildiv(self.height - short, rows) - first, index(BLOCK_TILES))])
 
         def tile(number: Expr) -> Stmt:
