@@ -19,6 +19,7 @@ from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.fallback import convert_with_tvm
 from tvm_ternary.graph.onnx.operators.matrix import linear
+from tvm_ternary.graph.onnx.operators.window import zeros_around
 from tvm_ternary.graph.onnx.values import Constant, Value
 
 _BY_RANK = {3: R.nn.conv1d, 4: R.nn.conv2d}
@@ -63,7 +64,7 @@ def conv(emitter: Emitter, node: Node) -> Value | list[Value]:
     sizes = list(weight.array.shape[2:])
     strides = node.attributes.get("strides") or [1] * len(sizes)
     dilation = node.attributes.get("dilations") or [1] * len(sizes)
-    taps = Taps(sizes, strides, dilation, _padding(emitter, node, x, sizes, strides, dilation))
+    taps = Taps(sizes, strides, dilation, zeros_around(emitter, node, sizes))
     groups = int(node.attributes.get("group", 1))
     bias = node.optional(2)
     if groups == 1 and str(weight.array.dtype) == "float32" and emitter.is_chosen(weight.names, node.proto):
@@ -130,29 +131,3 @@ def pixels_under_taps(image: te.Tensor, taps: Taps) -> te.Tensor:
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, image.dtype)) if inside else value
 
     return te.compute([batch, *taps.result(image_sizes), *taps.sizes, channels], element, name="taps")
-
-
-def _padding(
-    emitter: Emitter, node: Node, x: Value, window: list[int], strides: list[int], dilation: list[int]
-) -> list[int]:
-    """Zeros before each dimension, then behind each."""
-    mode = node.attributes.get("auto_pad", "NOTSET")
-    if mode == "VALID":
-        return [0] * (2 * len(window))
-    if mode == "NOTSET":
-        return list(node.attributes.get("pads") or [0] * (2 * len(window)))
-    if mode not in ("SAME_UPPER", "SAME_LOWER"):
-        node.refuse(f"auto_pad is {mode!r}; expected NOTSET, VALID, SAME_UPPER or SAME_LOWER")
-    before, behind = [], []
-    for size, taps, stride, step in zip(emitter.known_shape(x, node)[2:], window, strides, dilation, strict=True):
-        reach = (taps - 1) * step + 1
-        if stride == 1:
-            total = reach - 1
-        elif isinstance(size, int):
-            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
-        else:
-            node.refuse(f"auto_pad is {mode} with strides {strides} over a symbolic size")
-        small, large = total // 2, total - total // 2
-        before.append(small if mode == "SAME_UPPER" else large)
-        behind.append(large if mode == "SAME_UPPER" else small)
-    return before + behind
