@@ -27,6 +27,8 @@ from tvm_ternary.graph.onnx.values import Algebra, Value, describe, plain
 from tvm_ternary.graph.onnx.walk import Walker
 from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
 
+_ELEMENT_TYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+
 
 @dataclass(frozen=True, eq=False)
 class OnnxGraph:
@@ -235,6 +237,8 @@ def _input(info: onnx.ValueInfoProto, symbols: Mapping[str, Any]) -> relax.Var:
     if not info.type.HasField("tensor_type") or not tensor.HasField("shape"):
         raise ModelError(info.name, "is an input of unknown rank or no tensor", "export the model with shapes")
     dims = [symbols[dim.dim_param] if dim.dim_param else dim.dim_value for dim in tensor.shape.dim]
+    if tensor.elem_type not in _ELEMENT_TYPES:
+        raise ModelError(info.name, f"is an input of element type {tensor.elem_type}, which ONNX does not have")
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     if dtype not in DTYPES:
         kind = "strings" if dtype == "object" else dtype

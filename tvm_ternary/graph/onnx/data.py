@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -89,17 +90,26 @@ def resolve_external(tensor: onnx.TensorProto, path: Path) -> None:
     Raises
     ------
     ModelError
-        If they lie outside of the model's folder, or the file is missing or too short.
+        If they lie outside of the model's folder, the file is missing or too short, or where in it they lie is no
+        place.
     """
-    info = ExternalDataInfo(tensor)
-    file = path.parent / info.location
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    try:
+        info = ExternalDataInfo(tensor)
+        start, length = info.offset or 0, info.length or 0
+        file = path.parent / info.location
+        inside = file.resolve().is_relative_to(path.parent.resolve())
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(str(path), f"weight {tensor.name} lies nowhere ({error})", "export it again") from error
+    if not inside:
         raise ModelError(str(path), f"weight {tensor.name} lies outside of the model's folder, in {info.location}")
     if not file.is_file():
         raise ModelError(str(path), f"weight {tensor.name} lies in {file}, which does not exist", "put it there")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    needed = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize if dtype.kind in "fiub" else 0
-    end = (info.offset or 0) + (info.length or needed)
+    needed = prod(tensor.dims) * dtype.itemsize if dtype.kind in "fiub" else 0
+    if start < 0 or length < 0 or (needed and length not in (0, needed)):
+        problem = f"weight {tensor.name} is {dtype} {list(tensor.dims)}, {needed} bytes, not {length} at {start}"
+        raise ModelError(str(path), problem, "export it again")
+    end = start + (length or needed)
     if file.stat().st_size < end:
         raise ModelError(
             str(path),

@@ -10,6 +10,9 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# What Python says of a text that is no expression, or one with thousands of brackets.
+_UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,7 +41,7 @@ def evaluate_dimension(text: str, values: Mapping[str, Any]) -> Any | None:
         return values[text]
     try:
         return _evaluate(ast.parse(text, mode="eval").body, values)
-    except (SyntaxError, ValueError, LookupError):
+    except (*_UNREADABLE, LookupError, ArithmeticError):
         return None
 
 
@@ -58,7 +61,7 @@ def substitute_dimensions(text: str, values: Mapping[str, int | str]) -> str:
         return str(values[text])
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError):
+    except _UNREADABLE:
         return text
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if names.isdisjoint(values):

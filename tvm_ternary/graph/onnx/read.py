@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 
 from tvm_ternary.errors import ModelError
+from tvm_ternary.graph.onnx.check import check_model, tensors_of
 from tvm_ternary.graph.onnx.data import is_left_out, resolve_external
 
 _OLDEST_IR = 3
@@ -28,11 +29,13 @@ def read_model(source: str | Path | onnx.ModelProto, *, quantized: bool = False)
     Raises
     ------
     ModelError
-        If the file is missing, no ONNX model, truncated, or its external data is missing or too short.
+        If the file is missing, no ONNX model, truncated, malformed (`check_model`), or its external data is missing or
+        too short.
     """
     if isinstance(source, onnx.ModelProto):
-        _check_model(source, source.graph.name or "model")
-        return source
+        name = source.graph.name or "model"
+        _check_version(source, name)
+        return check_model(source, name)
     path = Path(source)
     model = onnx.ModelProto()
     try:
@@ -43,8 +46,9 @@ def read_model(source: str | Path | onnx.ModelProto, *, quantized: bool = False)
         raise ModelError(str(path), f"cannot be read: {error.strerror}") from None
     except DecodeError:
         raise ModelError(str(path), "is no ONNX model, or it is truncated", "download or export it again") from None
-    _check_model(model, str(path))
-    for tensor in _external_tensors(model.graph):
+    _check_version(model, str(path))
+    model = check_model(model, str(path))
+    for tensor in filter(uses_external_data, tensors_of(model.graph)):
         if not is_left_out(tensor):
             resolve_external(tensor, path)
         elif not quantized:
@@ -53,20 +57,11 @@ def read_model(source: str | Path | onnx.ModelProto, *, quantized: bool = False)
     return model
 
 
-def _check_model(model: onnx.ModelProto, name: str) -> None:
+def _check_version(model: onnx.ModelProto, name: str) -> None:
     if not model.ir_version or not model.graph.output:
         raise ModelError(name, "is no ONNX model: it has no version or no outputs", "download or export it again")
     if model.ir_version < _OLDEST_IR:
         raise ModelError(name, f"IR version {model.ir_version} is older than {_OLDEST_IR}", "export it again")
-
-
-def _external_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    tensors = [tensor for tensor in graph.initializer if uses_external_data(tensor)]
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t] if attribute.HasField("t") and uses_external_data(attribute.t) else []
-            tensors += _external_tensors(attribute.g) if attribute.HasField("g") else []
-    return tensors
 
 
 def check_finite(name: str, array: np.ndarray) -> None:

@@ -10,16 +10,19 @@ import onnx
 from tvm import relax
 from tvm.ir import Expr
 
-from tvm_ternary.errors import ModelError, UnsupportedOperatorError
+from tvm_ternary.errors import ModelError, TernaryError, UnsupportedOperatorError
 from tvm_ternary.graph.onnx.control_flow import CONTROL_FLOW
 from tvm_ternary.graph.onnx.data import weight_array
 from tvm_ternary.graph.onnx.emitter import Emitter
-from tvm_ternary.graph.onnx.fold import fold
+from tvm_ternary.graph.onnx.fold import Folder
 from tvm_ternary.graph.onnx.names import bias_names
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.table import find_converter
 from tvm_ternary.graph.onnx.symbolic import evaluate
 from tvm_ternary.graph.onnx.values import Constant, Symbols, Value, describe
+
+# Characters of another program's message that are shown; TVM's can be a page.
+_LONGEST_REASON = 160
 
 _SHAPED_BY_DATA = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "Range"})
 
@@ -38,6 +41,7 @@ class Walker:
     def __init__(self, emitter: Emitter, opsets: Mapping[str, int]) -> None:
         self.emitter = emitter
         self.opsets = opsets
+        self.folder = Folder(opsets)
 
     def walk(self, graph: onnx.GraphProto, scope: Mapping[str, Value]) -> dict[str, Value]:
         """Walk a graph.
@@ -61,7 +65,7 @@ class Walker:
         for initializer in graph.initializer:
             values[initializer.name] = Constant(weight_array(initializer), (initializer.name,))
         for proto in graph.node:
-            outputs = self._outputs(proto, values)
+            outputs = self._guarded(proto, values)
             for name, value in zip(proto.output, outputs, strict=False):
                 if name:
                     values[name] = value
@@ -71,6 +75,20 @@ class Walker:
         """Walk a graph and give its outputs."""
         values = self.walk(graph, scope)
         return [values[output.name] for output in graph.output]
+
+    def _guarded(self, proto: onnx.NodeProto, values: dict[str, Value]) -> list[Any]:
+        """Files hold what no exporter writes: whatever a converter trips over, the node is named in one line."""
+        try:
+            return self._outputs(proto, values)
+        except TernaryError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "")[:_LONGEST_REASON]
+            raise ModelError(
+                proto.name or next(filter(None, proto.output), proto.op_type),
+                f"{proto.op_type} does not fit its inputs or attributes ({type(error).__name__}: {reason})",
+                "check the file with onnx.checker",
+            ) from error
 
     def _outputs(self, proto: onnx.NodeProto, values: dict[str, Value]) -> list[Any]:
         domain = "" if proto.domain == "ai.onnx" else proto.domain
@@ -82,7 +100,7 @@ class Walker:
             return CONTROL_FLOW[proto.op_type](self.emitter, node, self.run, values)
         known = [value for value in inputs if value is not None]
         if inputs and all(isinstance(value, Constant) for value in known):
-            folded = fold(node, self.opsets)
+            folded = self.folder.fold(node)
             if folded is not None:
                 return folded
         elif known and all(isinstance(value, (Constant, Symbols)) for value in known):
