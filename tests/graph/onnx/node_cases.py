@@ -100,6 +100,12 @@ class NodeCase:
         kinds = [value.type for value in (*graph.input, *graph.output)]
         return all(k.HasField("tensor_type") and k.tensor_type.elem_type != onnx.TensorProto.STRING for k in kinds)
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether the runtime carries the element types of everything that goes in and comes out."""
+        arrays = (a for values in self.test.data_sets for side in values for a in _arrays(side))
+        return all(str(array.dtype) in DTYPES for array in arrays)
+
     def check(self) -> None:
         """Import, compile, run and compare.
 

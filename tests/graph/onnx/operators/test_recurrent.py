@@ -1,4 +1,4 @@
-"""LSTM unrolled into matrices, against onnxruntime."""
+"""LSTM, GRU and RNN unrolled into matrices, against onnxruntime."""
 
 from __future__ import annotations
 
@@ -47,28 +47,69 @@ def test_steps_fixed_by_dims() -> None:
     assert imported.inputs[0].shape == (5, "batch", 6)
 
 
-def variant(lengths: list[int] | None = None, peepholes: bool = False, **attributes: object) -> onnx.ModelProto:
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def variant(op: str = "LSTM", given: tuple[str, ...] = (), steps: int = 3, **attributes: object) -> onnx.ModelProto:
+    """A layer of 6 inputs and 8 features on 2 sequences, with the optional inputs that are given."""
     g = GraphBuilder()
-    weights = [g.weight("w", 1, 32, 6), g.weight("r", 1, 32, 8)]
-    optional = ["" if lengths is None else g.constant(np.array(lengths, np.int32)), "", ""]
-    inputs = [g.input("x", FLOAT, [5, 2, 6]), *weights, "", *optional, g.weight("p", 1, 24) if peepholes else ""]
-    g.nodes_of("LSTM", *inputs, outputs=["y"], hidden_size=8, **attributes)
+    ways, gates = (2 if attributes.get("direction") == "bidirectional" else 1), GATES[op]
+    inputs = [g.input("x", FLOAT, [steps, 2, 6]), g.weight("w", ways, gates * 8, 6), g.weight("r", ways, gates * 8, 8)]
+    inputs.append(g.weight("b", ways, 2 * gates * 8))
+    inputs.append(g.input("lengths", onnx.TensorProto.INT32, [2]) if "lengths" in given else "")
+    inputs.append(g.input("h", FLOAT, [ways, 2, 8]) if "h" in given else "")
+    if "p" in given:
+        inputs += ["", g.weight("p", ways, 3 * 8)]
+    g.nodes_of(op, *inputs, outputs=["y", "y_h"], hidden_size=8, **attributes)
     g.output("y", FLOAT)
+    g.output("y_h", FLOAT)
     return g.model()
 
 
-def test_lengths_that_are_all_the_steps() -> None:
-    assert_matches(variant(lengths=[5, 5]), [feeds(2, 1)])
+def values(ways: int = 1, steps: int = 3) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    arrays = {"x": random.standard_normal((steps, 2, 6)), "h": random.standard_normal((ways, 2, 8))}
+    return {name: array.astype(np.float32) for name, array in arrays.items()} | {"lengths": np.array([3, 2], np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("LSTM", {"direction": "bidirectional"}),
+        ("GRU", {"direction": "bidirectional", "linear_before_reset": 1}),
+        ("GRU", {"linear_before_reset": 0, "clip": 0.5}),
+        ("RNN", {"direction": "reverse", "activations": ["Relu"]}),
+    ],
+)
+def test_sequences_of_different_lengths(op: str, attributes: dict[str, object]) -> None:
+    """Lengths are an input; with a state to start from."""
+    ways = 2 if attributes.get("direction") == "bidirectional" else 1
+    assert_matches(variant(op, ("lengths", "h"), **attributes), [values(ways)])
+
+
+def test_peepholes() -> None:
+    assert_matches(variant(given=("p",)), [values()])
+
+
+def test_products_of_a_gru_are_matrices() -> None:
+    """Where the reset gate acts on the product there is one for all gates, else the candidate has its own."""
+    counts = weight_products(import_onnx(variant("GRU", linear_before_reset=1)))
+    assert sorted(counts.values()) == [1, 3]
+    imported = import_onnx(variant("GRU", linear_before_reset=0))
+    assert sorted(weight_products(imported).values()) == [1, 3, 3]
+    assert sorted(array.shape for array in imported.params.values()) == [(6, 24), (8, 8), (8, 16)]
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (variant(lengths=[5, 3]), "sequences of different lengths"),
-        (variant(peepholes=True), "peephole weights are given"),
-        (variant(activations=["Relu", "Tanh", "Tanh"]), r"activations \['relu', 'tanh', 'tanh'\] are not"),
-        (variant(clip=1.0), "attribute clip is set"),
+        (
+            variant(activations=["Elu", "Tanh", "Tanh"]),
+            r"activations \['elu', 'tanh', 'tanh'\]: expected 3",
+        ),
+        (variant(activations=["Tanh"]), r"activations \['tanh'\]: expected 3"),
         (variant(input_forget=1), "attribute input_forget is set"),
+        (variant("GRU", direction="sideways"), "direction sideways with weights of 1"),
         (lstm(steps=2000, state=False), "2000 steps are more than the 1024 that are unrolled"),
     ],
 )
