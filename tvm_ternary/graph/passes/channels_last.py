@@ -22,6 +22,7 @@ from tvm.ir import GenericConst
 from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
+from tvm_ternary.graph.passes.conv_scale import fold_scales
 from tvm_ternary.graph.passes.conv_transpose import as_convolution, can_be_convolution
 
 UNARY = (
@@ -85,7 +86,7 @@ def channels_last(module: tvm.IRModule) -> tvm.IRModule:
         relax.transform.FoldConstant(),
     ]
     with tvm.target.Target({"kind": "llvm"}):
-        module = tvm.ir.transform.Sequential(passes)(module)
+        module = fold_scales(tvm.ir.transform.Sequential(passes)(module))
     mover = _Mover(module)
     main = mover.visit_expr(module["main"])
     result = mover.builder_.get().clone()
