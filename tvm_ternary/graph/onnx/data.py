@@ -61,7 +61,8 @@ def _mapping(array: np.ndarray) -> mmap.mmap | None:
 
 def is_left_out(tensor: onnx.TensorProto) -> bool:
     """Whether an initializer's data were left out, since it only feeds ternary matrices."""
-    return bool(uses_external_data(tensor)) and ExternalDataInfo(tensor).location == LEFT_OUT
+    places = (entry.value for entry in tensor.external_data if entry.key == "location")
+    return bool(uses_external_data(tensor)) and LEFT_OUT in places
 
 
 def data_files(model: onnx.ModelProto) -> list[Path]:
@@ -98,11 +99,12 @@ def resolve_external(tensor: onnx.TensorProto, path: Path) -> None:
         start, length = info.offset or 0, info.length or 0
         file = path.parent / info.location
         inside = file.resolve().is_relative_to(path.parent.resolve())
+        exists = file.is_file()
     except (ValueError, TypeError, OSError) as error:
         raise ModelError(str(path), f"weight {tensor.name} lies nowhere ({error})", "export it again") from error
     if not inside:
         raise ModelError(str(path), f"weight {tensor.name} lies outside of the model's folder, in {info.location}")
-    if not file.is_file():
+    if not exists:
         raise ModelError(str(path), f"weight {tensor.name} lies in {file}, which does not exist", "put it there")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     needed = prod(tensor.dims) * dtype.itemsize if dtype.kind in "fiub" else 0

@@ -34,9 +34,9 @@ def bias_names(graph: onnx.GraphProto) -> dict[str, str]:
     made = {name for node in graph.node for name in node.output}
     pairs: list[tuple[str, str]] = []
     for node in graph.node:
-        if node.op_type == "Gemm" and len(node.input) > 2:
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.output:
             pairs.append((node.output[0], node.input[2]))
-        elif node.op_type == "Add":
+        elif node.op_type == "Add" and len(node.input) == 2:
             left, right = node.input
             pairs += [(left, right), (right, left)]
     return {

@@ -27,6 +27,9 @@ def matmul(emitter: Emitter, node: Node) -> relax.Expr:
 
 def gemm(emitter: Emitter, node: Node) -> relax.Expr:
     """``Gemm``: alpha * op(A) @ op(B) + beta * C; the factors are folded into the weights."""
+    for index in (0, 1):
+        if len(emitter.known_shape(node.value(index), node)) != 2:
+            node.refuse(f"input {index} is no matrix", "check the file with onnx.checker")
     alpha, beta = (float(node.attributes.get(name, 1.0)) for name in ("alpha", "beta"))
     left, right = (
         _transposed(emitter, node.value(index), node) if node.attributes.get(name, 0) else node.value(index)
