@@ -91,3 +91,15 @@ def test_attributes_that_a_node_leaves_out_have_their_defaults() -> None:
     (swish, product) = expand_operators(g.model(), lambda domain, op: op != "SwiGLU").graph.node
     assert [(a.name, a.f) for a in swish.attribute] == [("alpha", 1.0)]
     assert product.op_type == "Mul"
+
+
+def test_a_body_that_depends_on_inputs_left_out_is_written_out() -> None:
+    g = GraphBuilder(opset=27)
+    inputs = [g.input("x", FLOAT, [1, 4, 5]), g.weight("w", 4, 1, 3), "", g.input("past", FLOAT, [1, 4, 2])]
+    g.nodes_of("CausalConvWithState", *inputs, outputs=["y", "present"], activation="silu")
+    g.output("y", FLOAT)
+    g.output("present", FLOAT)
+    expanded = expand_operators(g.model(), lambda domain, op: op != "CausalConvWithState")
+    assert {"Concat", "Conv", "Slice", "Sigmoid"} <= set(operators(expanded))
+    assert [(item.domain, item.version) for item in expanded.opset_import] == [("", 27)]
+    assert not expanded.functions

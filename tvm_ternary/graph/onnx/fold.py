@@ -132,7 +132,7 @@ def _product(node: Node, arrays: Sequence[np.ndarray]) -> int:
 
 
 def _range(node: Node, arrays: Sequence[np.ndarray]) -> int:
-    start, stop, step = (float(array) for array in arrays)
+    start, stop, step = (array.item() for array in arrays)
     return int(max(ceil((stop - start) / step), 0))
 
 

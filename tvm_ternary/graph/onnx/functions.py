@@ -8,6 +8,10 @@ from typing import Any
 
 import onnx
 import onnx.inliner
+import onnx.shape_inference
+
+_BODIES = "tvm-ternary:bodies"
+"""The domain of functions that stand for a moment for nodes of a model."""
 
 _DEEPEST = 8
 """Rounds after which expansion stops: a body may hold operators that are functions themselves."""
@@ -55,7 +59,47 @@ def _expanded(model: onnx.ModelProto, operators: list[tuple[str, str]], versions
             given = {attribute.name for attribute in node.attribute}
             defaults = [a.default_value for name, a in schema.attributes.items() if name not in given]
             node.attribute.extend(value for value in defaults if value.type)
+    model = _with_bodies(model, operators, versions)
     return onnx.inliner.inline_selected_functions(model, operators, exclude=False, inline_schema_functions=True)
+
+
+def _with_bodies(
+    model: onnx.ModelProto, operators: list[tuple[str, str]], versions: Mapping[str, int]
+) -> onnx.ModelProto:
+    """Write out nodes that leave an input out and whose bodies depend on what is given: the inliner cannot."""
+    types: dict[str, onnx.TypeProto] = {}
+    for index, node in enumerate(model.graph.node):
+        domain, op = _named(node)
+        if (domain, op) not in operators or "" not in node.input:
+            continue
+        schema: Any = onnx.defs.get_schema(op, versions[domain], domain)  # onnx's own stubs do not know its functions
+        if not schema.has_context_dependent_function:
+            continue
+        types = types or _types(model)
+        if any(name not in types for name in node.input if name):
+            continue
+        given = [(types[name] if name else onnx.TypeProto()).SerializeToString() for name in node.input]
+        known = [v for v in schema.context_dependent_function_opset_versions if v <= versions[domain]]
+        body = schema.get_context_dependent_function_with_opset_version(max(known), node.SerializeToString(), given)
+        function = onnx.FunctionProto.FromString(body)
+        function.domain, function.name = _BODIES, f"{op}_{index}"
+        model.functions.append(function)
+        node.domain, node.op_type = function.domain, function.name
+        del node.attribute[:]
+    if not model.functions:
+        return model
+    model.opset_import.add(domain=_BODIES, version=1)
+    result = onnx.inliner.inline_local_functions(model)
+    kept = [item for item in result.opset_import if item.domain != _BODIES]
+    del result.opset_import[:]
+    result.opset_import.extend(kept)
+    return result
+
+
+def _types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    """The types of the values of a graph, by name, where they can be inferred."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {value.name: value.type for value in (*graph.input, *graph.value_info)}
 
 
 def _without_weights(model: onnx.ModelProto, step: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
