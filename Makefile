@@ -3,7 +3,7 @@
 # make setup   the environment (.venv, every extra in) and the models that the tests use
 # make check   linters, types and the floors of the package        make format   put the code in its form
 # make clean   what can be made again, except .venv and the models
-# make models-real   the large models too (145 MB), which slow tests and 'benchmarks/models.py' use
+# make models-real   the large models too (145 MB), which slow tests and 'benchmarks.models' use
 #
 # Needs python3 (3.10 or newer, with venv), make and g++. PYTHON=python3.12 takes another interpreter.
 
