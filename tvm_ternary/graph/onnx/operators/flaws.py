@@ -39,6 +39,5 @@ def _if_set(attribute: str, usual: object, problem: str) -> _Rule:
 
 _FLAWS: dict[str, _Rule] = {
     "NonMaxSuppression": _always("TVM selects no boxes"),
-    "ConvTranspose": _if_set("output_shape", None, "an explicit output shape"),
     "RoiAlign": _if_set("mode", "avg", "the maximum of a region"),
 }
