@@ -18,7 +18,8 @@ from tvm_ternary.errors import TernaryError
 from tvm_ternary.graph.importer import import_onnx
 
 MEMORY = 6 << 30
-SECONDS = 30
+# Of a case: of the processor, since others may use the machine; and by the clock, since a hang need not compute.
+SECONDS, PATIENCE = 30, 300
 # Of what can be imported, one in so many is compiled as well, which takes a hundred times longer.
 COMPILED = 100
 
@@ -29,7 +30,8 @@ def run(folder: Path, first: int, count: int) -> None:
     imported = 0
     for seed in range(first, first + count):
         print(f"case {seed}", flush=True)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.alarm(PATIENCE)
         path.write_bytes(mutant(seed))
         try:
             import_onnx(path)
@@ -46,7 +48,7 @@ def run(folder: Path, first: int, count: int) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    # The alarm has no handler: it ends the process even where no Python runs.
+    # The timers have no handlers: they end the process even where no Python runs.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
