@@ -72,26 +72,37 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 31, 6), ("b", "h", "w", 6)], ids=["static", "dynamic"])
-def test_convolutions(tier: str, shape: tuple[int | str, ...]) -> None:
-    cases = [case for name, case in CASES.items() if shape[0] != "b" or name in DYNAMIC]
+# Those that are compiled for sizes known only at run time.
+DYNAMIC = ("one tap", "one channel in", "dilated", "depthwise, strided")
+# Those with more taps than a line has with its padding.
+HIGH = ("no padding", "few channels")
+# The sizes of the image, and what they are in the runs.
+SHAPES: dict[str, tuple[tuple[int | str, ...], list[tuple[int, ...]]]] = {
+    "image": ((2, 7, 31), [(2, 7, 31)]),
+    "line": ((1, 1, 131), [(1, 1, 131)]),
+    "any image": (("b", "h", "w"), [(1, 4, 3), (2, 9, 14), (1, 5, 40)]),
+    "any line": ((1, 1, "w"), [(1, 1, 2), (1, 1, 57), (1, 1, 260)]),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_convolutions(tier: str, kind: str) -> None:
+    shape, sizes = SHAPES[kind]
+    names = [name for name in CASES if ("any" not in kind or name in DYNAMIC)]
+    cases = [CASES[name] for name in names if "line" not in kind or name not in HIGH]
     plain = [case for case in cases if case.inputs > 1]
     compiled = compile_graph(
         tier,
         lambda emit, x, y: relax.Tuple([emit(case.build(x if case in plain else y)) for case in cases]),
-        tensor(shape),
-        tensor((*shape[:-1], 1)),
+        tensor((*shape, 6)),
+        tensor((*shape, 1)),
     )
     assert compiled.rules == {"rule:convolution"}
-    sizes = [(2, 7, 31)] if shape[0] != "b" else [(1, 4, 3), (2, 9, 14), (1, 5, 40)]
     for size in sizes:
         x, y = normal(1, *size, 6), normal(2, *size, 1)
         for case, got in zip(cases, compiled(x, y), strict=True):
             exact, bound = case.exact(x if case in plain else y)
             assert np.all(np.abs(got - exact) <= 1e-5 * np.abs(exact) + 1e-6 * bound), case
-
-
-DYNAMIC = ("one tap", "one channel in", "few channels", "dilated", "depthwise, strided")
 
 
 def test_results_go_through_what_follows(tier: str) -> None:
