@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.ir import IRModule
-from tvm.ir.transform import Pass, Sequential
+from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
 from tvm.relax import backend, transform
 from tvm.target import Target
+from tvm.tirx.analysis import undefined_vars
 
 SCHEDULED = "tirx.is_scheduled"
 OP_PATTERN = "op_pattern"
@@ -28,6 +29,7 @@ def fuse_passes() -> list[Pass]:
         transform.LegalizeOps(),
         transform.FoldConstant(),
         transform.AnnotateTIROpPattern(),
+        module_pass(_keep_apart, opt_level=0),
         transform.FuseOps(),
         transform.FuseTIR(),
         # A reshape left alone is a new view of the same memory, not a copy.
@@ -55,6 +57,22 @@ def lower_graph_ops(mod: IRModule) -> IRModule:
     # The choice of a sorting algorithm asks for a target; every CPU gets the same.
     with Target({"kind": "llvm"}):
         return Sequential(fuse_passes())(_shield_scheduled(mod))
+
+
+def _keep_apart(mod: IRModule, _: PassContext) -> IRModule:
+    """Let nothing be fused with a function of a number that no shape of it holds.
+
+    ``FuseTIR`` gives such a number to the fused function twice where that has symbolic dimensions too, and fails.
+    """
+    apart = mod.clone()
+    for var, func in mod.functions_items():
+        if not isinstance(func, tirx.PrimFunc):
+            continue
+        tensors = [param for param in func.params if isinstance(param.ty, tirx.BufferType)]
+        sizes = [name for tensor in tensors for dim in tensor.shape for name in undefined_vars(dim)]
+        if any(param not in tensors and not any(param.same_as(name) for name in sizes) for param in func.params):
+            apart[var] = func.with_attr(OP_PATTERN, OPAQUE)
+    return apart
 
 
 def _shield_scheduled(mod: IRModule) -> IRModule:

@@ -185,11 +185,20 @@ class Algebra:
 
     def minimum(self, left: Dim, right: Dim) -> Dim:
         """The smaller of two, decided where it can be."""
-        return self.simplify(tirx.min(as_expr(left), as_expr(right)))
+        a, b = as_expr(left), as_expr(right)
+        return self._decided(tirx.min(a, b), (a <= b, left), (b <= a, right))
 
     def maximum(self, left: Dim, right: Dim) -> Dim:
         """The larger of two, decided where it can be."""
-        return self.simplify(tirx.max(as_expr(left), as_expr(right)))
+        a, b = as_expr(left), as_expr(right)
+        return self._decided(tirx.max(a, b), (a >= b, left), (b >= a, right))
+
+    def _decided(self, extreme: Any, *cases: tuple[Any, Dim]) -> Dim:
+        """An extreme, or the value of a case whose condition holds where TVM's rules for extremes do not see it."""
+        simple = self.simplify(extreme)
+        if not isinstance(simple, tirx.Min | tirx.Max):
+            return simple
+        return next((self.simplify(value) for condition, value in cases if self.proves(condition)), simple)
 
     def divide(self, left: Dim, right: Dim) -> Dim:
         """Integer division towards zero, as ONNX and C do it.

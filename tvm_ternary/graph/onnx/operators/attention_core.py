@@ -17,7 +17,7 @@ from tvm.relax import op as R
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.shaping import same_shape
-from tvm_ternary.graph.onnx.values import Dim, as_expr, describe, object_array, settle
+from tvm_ternary.graph.onnx.values import Dim, as_expr, describe
 
 
 class Attended(NamedTuple):
@@ -99,11 +99,8 @@ def attend(
 
 def positions(emitter: Emitter, count: Dim, start: Dim = 0) -> relax.Var:
     """The integers from ``start`` on, (count,) int64."""
-    numbers = emitter.emit(R.arange(as_expr(0), as_expr(count), as_expr(1), "int64"))
-    if isinstance(start, int) and start == 0:
-        return numbers
-    first = settle(emitter.algebra, object_array([start], ()), "int64")
-    return emitter.emit(R.add(numbers, emitter.tensor(first)))
+    end = emitter.algebra.simplify(start + count)
+    return emitter.emit(R.arange(as_expr(start), as_expr(end), as_expr(1), "int64"))
 
 
 def seen_by(

@@ -199,9 +199,10 @@ def sequence(emitter: Emitter, node: Node) -> Value | list[Value]:
     span = algebra.simplify(limit - start if step > 0 else start - limit)
     stride = abs(step)
     count = algebra.maximum(algebra.divide(algebra.simplify(span + stride - 1), stride), 0)
+    if step == 1:
+        return R.arange(as_expr(start), as_expr(algebra.simplify(start + count)), as_expr(1), dtype)
     result = emitter.emit(R.arange(as_expr(0), as_expr(count), as_expr(1), dtype))
-    if step != 1:
-        result = emitter.emit(R.multiply(result, relax.const(step, dtype)))
+    result = emitter.emit(R.multiply(result, relax.const(step, dtype)))
     if isinstance(start, int) and start == 0:
         return result
     first = settle(algebra, object_array([start], ()), dtype)
