@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import tvm
+from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
@@ -43,6 +44,11 @@ def run_onnxruntime(source: Path | onnx.ModelProto, feeds: Mapping[str, np.ndarr
     return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
 
 
+def run_reference(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The same by the onnx package's reference implementation, which knows the newest operators."""
+    return ReferenceEvaluator(model).run(None, {value.name: feeds[value.name] for value in model.graph.input})
+
+
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """The norm of the difference over the norm of what is wanted; infinite and NaN elements have to be the same."""
     finite = np.isfinite(want)
@@ -57,13 +63,14 @@ def assert_matches(
     source: Path | onnx.ModelProto,
     cases: Sequence[Mapping[str, np.ndarray]],
     tolerance: float = 1e-5,
+    run: Callable[..., list[np.ndarray]] = run_onnxruntime,
     **options: Any,
 ) -> ImportedModel:
-    """Import once, run on every case, compare with onnxruntime: dtypes, shapes, integers exactly, floats by norm."""
+    """Import once, run on every case, compare with another: dtypes, shapes, integers exactly, floats by norm."""
     imported = import_onnx(source, **options)
     compiled = Compiled(imported)
     for feeds in cases:
-        expected = run_onnxruntime(source, feeds)
+        expected = run(source, feeds)
         got = compiled(feeds)
         assert len(got) == len(expected) == len(imported.outputs)
         for spec, ours, theirs in zip(imported.outputs, got, expected, strict=True):

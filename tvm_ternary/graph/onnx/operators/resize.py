@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from tvm import relax, te, tirx
 from tvm.relax import op as R
 
@@ -22,8 +23,8 @@ _MODES = ("nearest", "linear", "cubic")
 _PLACES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
 _CROP = "tf_crop_and_resize"
 _TVM_PLACES = frozenset(_PLACES) - {"half_pixel_symmetric"}
-_FINEST = 4096
-"""The largest denominator of a scale whose product with a symbolic size is known."""
+_FINEST = 256
+"""The largest denominator of a scale that is taken for a fraction."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,15 @@ def resize(emitter: Emitter, node: Node) -> relax.Expr:
 
 
 def _is_plain(emitter: Emitter, dims: list[Dim], changes: dict[int, _Axis], kernel: _Kernel) -> bool:
-    """Whether TVM's operator does it: it takes every scale for the quotient of the sizes."""
+    """Whether TVM's operator does it: it takes every scale for the quotient of the sizes, which have to be known."""
     if len(dims) != 4 or not changes.keys() <= {2, 3} or kernel.places not in _TVM_PLACES or kernel.antialias:
+        return False
+    if kernel.mode != "nearest" and not all(isinstance(change.size, int) for change in changes.values()):
         return False
     for axis, change in changes.items():
         if change.scale is not None:
-            exact = Fraction(change.scale).limit_denominator(_FINEST)
-            if float(exact) != change.scale or not emitter.algebra.equal(
+            exact = _fraction(change.scale)
+            if exact is None or not emitter.algebra.equal(
                 change.size * exact.denominator, dims[axis] * exact.numerator
             ):
                 return False
@@ -181,10 +184,16 @@ def _scaled(emitter: Emitter, node: Node, dim: Dim, scale: float) -> Dim:
     """The size times the scale, rounded down."""
     if isinstance(dim, int):
         return math.floor(dim * scale)
-    exact = Fraction(scale).limit_denominator(_FINEST)
-    if not math.isclose(float(exact), scale, rel_tol=1e-6):
+    exact = _fraction(scale)
+    if exact is None:
         node.refuse(f"scale {scale} of the symbolic size {describe(dim)} is no plain fraction")
     return emitter.algebra.divide(dim * exact.numerator, exact.denominator)
+
+
+def _fraction(scale: float) -> Fraction | None:
+    """The fraction that a float32 stands for, None where it stands for none with a small denominator."""
+    exact = Fraction(scale).limit_denominator(_FINEST)
+    return exact if np.float32(float(exact)) == np.float32(scale) else None
 
 
 def _resized(emitter: Emitter, node: Node, data: relax.Expr, axis: int, change: _Axis, kernel: _Kernel) -> relax.Expr:
