@@ -14,7 +14,7 @@ from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.matrix import linear
 from tvm_ternary.graph.onnx.operators.shaping import filled, window
-from tvm_ternary.graph.onnx.values import Constant, Dim, describe
+from tvm_ternary.graph.onnx.values import Constant, Dim, Value, describe
 
 LONGEST = 1024
 """Steps up to which a sequence is unrolled."""
@@ -25,6 +25,10 @@ _ACTIVATIONS: dict[str, Callable[[relax.Expr], relax.Expr]] = {
     "softplus": R.nn.softplus,
     "tanh": R.tanh,
 }
+
+
+Product: TypeAlias = "Callable[[Emitter, Node, Value, np.ndarray, tuple[str, ...]], relax.Expr]"
+"""Multiplies activations (..., K) by a (K, N) weight of these names."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class _Cell:
     activations : tuple of str
     clip : float
         Bound of what activations see; infinite for none.
+    product : callable
+        Multiplies by the two matrices.
     """
 
     w: np.ndarray
@@ -57,6 +63,7 @@ class _Cell:
     backward: bool
     activations: tuple[str, ...]
     clip: float
+    product: Product
 
     @property
     def width(self) -> int:
@@ -81,16 +88,25 @@ class _Kind:
         The inputs that hold the states before the first step.
     inner_bias : bool
         Whether the bias of a state's product is added by the step; else it is added once, with that of the inputs.
+    product : callable
+        Multiplies by a matrix; the steps of ``GRU`` and ``RNN`` use ``linear`` themselves.
     """
 
     step: _Step
     activations: tuple[str, ...]
     states: tuple[int, ...]
     inner_bias: bool = False
+    product: Product = linear
 
 
-def lstm(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
+def lstm(emitter: Emitter, node: Node, product: Product = linear) -> list[relax.Expr | None]:
     """``LSTM``, with peepholes where they are given.
+
+    Parameters
+    ----------
+    emitter, node
+    product : callable, optional
+        Multiplies by a matrix, as ``linear`` does.
 
     Returns
     -------
@@ -99,7 +115,7 @@ def lstm(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
     """
     if node.attributes.get("input_forget", 0):
         node.refuse("attribute input_forget is set")
-    return _unrolled(emitter, node, _Kind(_lstm_step, ("sigmoid", "tanh", "tanh"), (5, 6)))
+    return _unrolled(emitter, node, _Kind(_lstm_step, ("sigmoid", "tanh", "tanh"), (5, 6), product=product))
 
 
 def gru(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
@@ -118,7 +134,7 @@ def _lstm_step(
     emitter: Emitter, node: Node, cell: _Cell, seen: relax.Expr, states: list[relax.Expr]
 ) -> list[relax.Expr]:
     hidden, memory = states
-    kept = emitter.emit(linear(emitter, node, hidden, cell.r, cell.names[1]))
+    kept = emitter.emit(cell.product(emitter, node, hidden, cell.r, cell.names[1]))
     gates = emitter.emit(R.add(seen, kept))
     entry, out, forget, candidate = (_gate(emitter, cell, gates, i) for i in range(4))
     f, g, h = cell.activations
@@ -241,7 +257,7 @@ def _run(
     lengths: relax.Expr | None,
 ) -> tuple[list[relax.Expr], list[relax.Expr]]:
     """Outputs in the order they are computed, and the last states. Beyond a sequence's end its states stay."""
-    product = emitter.emit(linear(emitter, node, x, cell.w, cell.names[0]))
+    product = emitter.emit(cell.product(emitter, node, x, cell.w, cell.names[0]))
     inputs = emitter.emit(R.add(product, _const(cell.bias)))
     outputs = []
     for place in range(steps)[:: -1 if cell.backward else 1]:
@@ -285,6 +301,7 @@ def _cells(node: Node, kind: _Kind) -> list[_Cell]:
                 backward,
                 activations[count * i : count * (i + 1)],
                 float(node.attributes.get("clip", 0.0)) or np.inf,
+                kind.product,
             )
         )
     return cells

@@ -115,3 +115,16 @@ def test_products_of_integers() -> None:
     }
     imported = assert_matches(g.model(), [feeds])
     assert sum(weight_products(imported).values()) == 3
+
+
+def test_fused_convolutions() -> None:
+    g = Model()
+    x, z = g.input("x", FLOAT, ["batch", 3, 6, 6]), g.input("z", FLOAT, ["batch", 4, 6, 6])
+    weights = [g.weight("conv.weight", 4, 3, 3, 3), g.weight("conv.bias", 4)]
+    pads = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+    g.add("FusedConv", x, *weights, activation="Relu", **pads)
+    g.add("FusedConv", x, *weights, z, activation="Relu", **pads)
+    g.add("FusedConv", x, *weights, activation="LeakyRelu", activation_params=[0.2], strides=[2, 2], **pads)
+    g.add("FusedConv", x, *weights, activation="Clip", activation_params=[-0.1, 0.3], **pads)
+    g.add("FusedConv", x, *weights, activation="HardSigmoid", activation_params=[0.3, 0.4], **pads)
+    assert_matches(g.model(), [{"x": floats(2, 3, 6, 6), "z": floats(2, 4, 6, 6)}])

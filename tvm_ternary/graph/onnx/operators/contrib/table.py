@@ -10,11 +10,13 @@ from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.contrib import (
     activation,
     attention,
+    convolution,
     embedding,
     grouped,
     normalization,
     products,
     quantized,
+    recurrent,
     rotary,
 )
 
@@ -22,8 +24,10 @@ CONTRIB: dict[str, Callable[[Emitter, Node], Any]] = {
     "Attention": attention.attention,
     "BiasGelu": activation.bias_gelu,
     "DynamicQuantizeMatMul": quantized.dynamic_quantize_matmul,
+    "DynamicQuantizeLSTM": recurrent.dynamic_quantize_lstm,
     "EmbedLayerNormalization": embedding.embed_layer_normalization,
     "FastGelu": activation.fast_gelu,
+    "FusedConv": convolution.fused_conv,
     "FusedGemm": products.fused_gemm,
     "FusedMatMul": products.fused_matmul,
     "GatherBlockQuantized": embedding.gather_block_quantized,
