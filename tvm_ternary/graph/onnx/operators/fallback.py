@@ -15,10 +15,10 @@ from tvm_ternary.graph.onnx.values import Value
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, LookupError)
 
-_CONTRIB = frozenset({"FastGelu", "BiasGelu", "SkipLayerNormalization"})
-"""Operators of the ``com.microsoft`` set whose converters in TVM follow its documentation."""
-
-_NOT_STANDARD = _CONTRIB | {"Attention", "EmbedLayerNormalization", "MatMulInteger16", "AllClassNMS"}
+_NOT_STANDARD = frozenset(
+    {"FastGelu", "BiasGelu", "SkipLayerNormalization", "Attention", "EmbedLayerNormalization"}
+    | {"MatMulInteger16", "AllClassNMS"}
+)
 """Names under which TVM keeps converters of ``com.microsoft`` operators; it does not look at the domain itself."""
 
 
@@ -30,12 +30,9 @@ _NOT_TENSORS = frozenset(
 
 
 def tvm_converter(domain: str, op: str) -> Callable[[Emitter, Node], Value | list[Value]] | None:
-    """TVM's converter of an operator, told apart by domain; None where it has none."""
-    table = tvm_onnx._get_convert_map()
-    if op not in table or op in _NOT_TENSORS:
-        return None
-    fits = op not in _NOT_STANDARD if domain == "" else domain == "com.microsoft" and op in _CONTRIB
-    return convert_with_tvm if fits else None
+    """TVM's converter of an operator of the standard set; None where it has none."""
+    unfit = domain != "" or op in _NOT_STANDARD or op in _NOT_TENSORS
+    return None if unfit or op not in tvm_onnx._get_convert_map() else convert_with_tvm
 
 
 def tvm_operators() -> set[str]:
