@@ -37,7 +37,7 @@ def quantize_linear(emitter: Emitter, node: Node) -> relax.Expr:
     target = str(onnx.helper.tensor_dtype_to_np_dtype(asked)) if asked else "uint8"
     if node.has(2):
         target = emitter.dtype(node.value(2))
-    return _quantized(emitter, node, x, node.value(1), node.optional(2), target)
+    return quantized(emitter, node, x, node.value(1), node.optional(2), target)
 
 
 def matmul_integer(emitter: Emitter, node: Node) -> Value | list[Value]:
@@ -60,7 +60,7 @@ def qlinear_matmul(emitter: Emitter, node: Node) -> relax.Expr:
     """``QLinearMatMul``."""
     left, right = dequantized(emitter, node, 0, 1, 2, -2), dequantized(emitter, node, 3, 4, 5, -1)
     product = emitter.emit(matmul(emitter, Node(node.proto, node.opset, (left, right), {})))
-    return _quantized(emitter, node, product, node.value(6), node.value(7), emitter.dtype(node.value(7)))
+    return quantized(emitter, node, product, node.value(6), node.value(7), emitter.dtype(node.value(7)))
 
 
 def qlinear_conv(emitter: Emitter, node: Node) -> relax.Expr:
@@ -73,7 +73,7 @@ def qlinear_conv(emitter: Emitter, node: Node) -> relax.Expr:
         rank = emitter.rank(result)
         bias = emitter.emit(R.expand_dims(bias, [0, *range(2, rank)]))
         result = emitter.emit(R.add(result, bias))
-    return _quantized(emitter, node, result, node.value(6), node.value(7), emitter.dtype(node.value(7)))
+    return quantized(emitter, node, result, node.value(6), node.value(7), emitter.dtype(node.value(7)))
 
 
 def dequantized(emitter: Emitter, node: Node, index: int, scale: int, zero: int, axis: int | None = None) -> Value:
@@ -145,9 +145,7 @@ def _repeated(emitter: Emitter, node: Node, value: Value, axis: int, block: int,
     return emitter.emit(window(tensor, [axis], [0], [extent]))
 
 
-def _quantized(
-    emitter: Emitter, node: Node, x: relax.Expr, scale: Value, zero: Value | None, target: str
-) -> relax.Expr:
+def quantized(emitter: Emitter, node: Node, x: relax.Expr, scale: Value, zero: Value | None, target: str) -> relax.Expr:
     """Round x / scale + zero to the integers of a type; halves go to the even one."""
     if target not in _INTEGERS:
         node.refuse(f"elements of {target}; expected one of {', '.join(sorted(_INTEGERS))}")

@@ -22,8 +22,8 @@ from tvm_ternary.graph.onnx.operators.attention_core import (
     reshape,
     split_heads,
 )
-from tvm_ternary.graph.onnx.operators.contrib.quantized import dequantized
 from tvm_ternary.graph.onnx.operators.matrix import matmul
+from tvm_ternary.graph.onnx.operators.quantized import dequantized
 from tvm_ternary.graph.onnx.operators.shaping import window
 from tvm_ternary.graph.onnx.values import Dim, Value, describe
 
@@ -43,8 +43,8 @@ def attention(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
 
 def quantized_attention(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
     """``QAttention``: the same of an int8 input and int8 weights, computed on what they stand for."""
-    x = dequantized(emitter, node, 0, 3, 6)
-    weight = dequantized(emitter, node, 1, 4, 7)
+    x = dequantized(emitter, node, 0, 3, 6, -1)
+    weight = dequantized(emitter, node, 1, 4, 7, -1)
     return _merged(emitter, node, x, weight, [node.optional(i) for i in (2, 5, 8)])
 
 

@@ -6,47 +6,14 @@ while the model runs are rounded the same way.
 
 from __future__ import annotations
 
-import numpy as np
 from tvm import relax
 from tvm.relax import op as R
 
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.matrix import matmul
-from tvm_ternary.graph.onnx.values import Constant, Value
-
-
-def dequantized(emitter: Emitter, node: Node, index: int, scale: int, zero: int) -> Value:
-    """What the integers of an input stand for, (q - zero) * scale in float32.
-
-    Parameters
-    ----------
-    index, scale, zero : int
-        The inputs that hold the integers, their scale and, where there is one, their zero point. Both are scalars or
-        have an element for each of the last axis.
-    """
-    values = [node.value(index), node.value(scale), node.optional(zero)]
-    integers, factor, origin = values
-    if isinstance(integers, Constant) and all(value is None or isinstance(value, Constant) for value in values):
-        offset = 0 if origin is None else _along_last(origin.array)  # type: ignore[union-attr]
-        floats = integers.array.astype(np.float32) - np.asarray(offset, np.float32)
-        return Constant(floats * _along_last(factor.array), integers.names)  # type: ignore[union-attr]
-    tensor = emitter.emit(R.astype(emitter.tensor(node.value(index)), "float32"))
-    if origin is not None:
-        zeros = emitter.emit(R.astype(_as_row(emitter, node, origin), "float32"))
-        tensor = emitter.emit(R.subtract(tensor, zeros))
-    return emitter.emit(R.multiply(tensor, _as_row(emitter, node, node.value(scale))))
-
-
-def _along_last(array: np.ndarray) -> np.ndarray:
-    return array.reshape(()) if array.size == 1 else array
-
-
-def _as_row(emitter: Emitter, node: Node, value: Value) -> relax.Expr:
-    if isinstance(value, Constant):
-        return emitter.tensor(Constant(_along_last(value.array), value.names), node)
-    tensor = emitter.tensor(value, node)
-    return emitter.emit(R.reshape(tensor, [])) if emitter.shape(value) == [1] else tensor
+from tvm_ternary.graph.onnx.operators.quantized import dequantized
+from tvm_ternary.graph.onnx.values import Value
 
 
 def rounded(emitter: Emitter, x: relax.Expr) -> relax.Var:
@@ -70,12 +37,12 @@ def rounded(emitter: Emitter, x: relax.Expr) -> relax.Var:
 def dynamic_quantize_matmul(emitter: Emitter, node: Node) -> relax.Expr:
     """``DynamicQuantizeMatMul``: activations rounded to 8 bits while the model runs, times 8-bit weights."""
     x = rounded(emitter, emitter.tensor(node.value(0), node))
-    return _product(emitter, node, x, dequantized(emitter, node, 1, 2, 3), 4)
+    return _product(emitter, node, x, dequantized(emitter, node, 1, 2, 3, -1), 4)
 
 
 def matmul_integer_to_float(emitter: Emitter, node: Node) -> relax.Expr:
     """``MatMulIntegerToFloat``: 8-bit activations times 8-bit weights."""
-    x, weight = dequantized(emitter, node, 0, 2, 4), dequantized(emitter, node, 1, 3, 5)
+    x, weight = dequantized(emitter, node, 0, 2, 4, -1), dequantized(emitter, node, 1, 3, 5, -1)
     return _product(emitter, node, x, weight, 6)
 
 

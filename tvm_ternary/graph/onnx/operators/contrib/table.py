@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tvm.relax import op as R
+
 from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.operators.contrib import (
@@ -15,15 +17,18 @@ from tvm_ternary.graph.onnx.operators.contrib import (
     grouped,
     normalization,
     products,
+    qlinear,
     quantized,
     recurrent,
     rotary,
 )
+from tvm_ternary.graph.onnx.operators.quantized import dequantize_linear, quantize_linear
 
 CONTRIB: dict[str, Callable[[Emitter, Node], Any]] = {
     "Attention": attention.attention,
     "BiasGelu": activation.bias_gelu,
     "DynamicQuantizeMatMul": quantized.dynamic_quantize_matmul,
+    "DequantizeLinear": dequantize_linear,
     "DynamicQuantizeLSTM": recurrent.dynamic_quantize_lstm,
     "EmbedLayerNormalization": embedding.embed_layer_normalization,
     "FastGelu": activation.fast_gelu,
@@ -36,7 +41,15 @@ CONTRIB: dict[str, Callable[[Emitter, Node], Any]] = {
     "MatMulIntegerToFloat": quantized.matmul_integer_to_float,
     "MatMulNBits": products.matmul_nbits,
     "MultiHeadAttention": attention.multi_head_attention,
+    "QGemm": qlinear.qgemm,
+    "QLinearAdd": qlinear.binary(R.add),
+    "QLinearConcat": qlinear.concat,
+    "QLinearGlobalAveragePool": qlinear.global_average_pool,
+    "QLinearLeakyRelu": qlinear.leaky_relu,
+    "QLinearMul": qlinear.binary(R.multiply),
+    "QLinearSigmoid": qlinear.sigmoid,
     "QAttention": attention.quantized_attention,
+    "QuantizeLinear": quantize_linear,
     "QuickGelu": activation.quick_gelu,
     "RotaryEmbedding": rotary.rotary_embedding,
     "SimplifiedLayerNormalization": normalization.simplified_layer_normalization,
