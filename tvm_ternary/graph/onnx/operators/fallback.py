@@ -48,8 +48,7 @@ def convert_with_tvm(emitter: Emitter, node: Node) -> Value | list[Value]:
     UnsupportedOperatorError
         If TVM refuses the node, or is known to get it wrong.
     """
-    first = node.optional(0)
-    problem = None if first is None else flaw(node, emitter.rank(first), emitter.dtype(first))
+    problem = flaw(node)
     if problem is not None:
         node.refuse(problem)
     converter = tvm_onnx._get_convert_map()[node.op]

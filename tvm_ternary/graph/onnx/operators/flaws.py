@@ -10,31 +10,21 @@ from typing import TypeAlias
 
 from tvm_ternary.graph.onnx.node import Node
 
-_Rule: TypeAlias = "Callable[[Node, int, str], str | None]"
+_Rule: TypeAlias = "Callable[[Node], str | None]"
 
 
-def flaw(node: Node, rank: int, dtype: str) -> str | None:
-    """Why TVM's converter of a node must not be used, None where it may be.
-
-    Parameters
-    ----------
-    node : Node
-        The node.
-    rank : int
-        The rank of its first input.
-    dtype : str
-        The element type of its first input.
-    """
+def flaw(node: Node) -> str | None:
+    """Why TVM's converter of a node must not be used, None where it may be."""
     rule = _FLAWS.get(node.op)
-    return None if rule is None else rule(node, rank, dtype)
+    return None if rule is None else rule(node)
 
 
 def _always(problem: str) -> _Rule:
-    return lambda node, rank, dtype: problem
+    return lambda node: problem
 
 
 def _if_set(attribute: str, usual: object, problem: str) -> _Rule:
-    return lambda node, rank, dtype: None if node.attributes.get(attribute, usual) == usual else problem
+    return lambda node: None if node.attributes.get(attribute, usual) == usual else problem
 
 
 _FLAWS: dict[str, _Rule] = {
