@@ -1,7 +1,8 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   tables become parameters as matrices are, attention becomes one call (on a CPU), inputs are transformed
-              for matrices that want it, planned matrices become calls to ternary kernels
+1 ternarize   tables become parameters as matrices are, the steps of an unrolled loop are multiplied at once, attention
+              becomes one call (on a CPU), inputs are transformed for matrices that want it, planned matrices become
+              calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
               merged; on a GPU moves too
@@ -23,8 +24,9 @@ from tvm_ternary.files import atomic_path
 from tvm_ternary.graph.call_layers import call_layers
 from tvm_ternary.graph.fuse import SCHEDULED, lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.fuse_attention import fuse_attention
 from tvm_ternary.graph.passes.channels_last import channels_last
+from tvm_ternary.graph.passes.fuse_attention import fuse_attention
+from tvm_ternary.graph.passes.join_steps import join_steps
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
@@ -80,6 +82,7 @@ def lower(
         Called with a phase's name and its result.
     """
     module, params = lift_tables(model.module, model.params, model.tables)
+    module = join_steps(module)
     if target.kind != "cuda":
         module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
     attentions = dict.fromkeys((name for name, _ in _functions(module)), "rule:attention")
