@@ -179,7 +179,8 @@ def compile(
         find_method(method or DEFAULT_METHOD)
     with quantized_first(source, destination, first, dims, constants) as (ready, free, fixed):
         with stages.stage("import"):
-            imported = import_model(ready, free, fixed, named_by(layers))
+            # The graph holds every weight once more, and nothing below looks at it.
+            imported = replace(import_model(ready, free, fixed, named_by(layers)), onnx=None)
             if ready != source:
                 imported = replace(imported, name=source.resolve().name if source.is_dir() else source.stem)
             settled = read_config(ready)[1] if is_quantized(ready) else None
@@ -204,23 +205,26 @@ def compile(
             beside = weights_lie_beside(size, weights)
             changed = replace(imported, module=tables.module, tables=tables.tables, params=_rest(imported, quantized))
             lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
-    graph = resolved.kind == "cuda" and is_static(lowered.module)
+            manifest = describe(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
+            module, params = lowered.module, lowered.ternary.params if beside else None
+        # The module has its own copies of the weights, and linking needs room for more.
+        del imported, quantized, tables, changed, lowered
+    graph = resolved.kind == "cuda" and is_static(module)
     with stages.stage("build"):
-        executable = build_executable(lowered.module, resolved.tvm, cuda_graph=graph)
+        executable = build_executable(module, resolved.tvm, cuda_graph=graph)
+        del module
     cuda = None
     # A model that only moves its inputs has no kernel.
     if nvcc is not None and (code := cuda_source(executable)) is not None:
         with stages.stage("nvcc"):
             cuda = compile_fatbin(code, resolved.archs, nvcc)
     with stages.stage("link"):
-        params = lowered.ternary.params
-        manifest = describe(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
         if nvcc is not None:
             manifest = replace(
                 manifest, target=describe_cuda(resolved, nvcc, cuda), kernels=describe_kernels(cuda), graph=graph
             )
         fatbin = cuda.fatbin if cuda is not None else None
-        path = build_artifact(executable, manifest, destination, params if beside else None, fatbin)
+        path = build_artifact(executable, manifest, destination, params, fatbin)
         # Read back, which checks the file and brings what was filled in while it was written.
         manifest = read_artifact(path).manifest
     return Artifact(path, manifest, stages.seconds, tuple(note for log in logs for note in log.notes))
