@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import ROOT
 from tests.graph.onnx.running import Compiled, relative_error, run_onnxruntime, weight_products
 from tests.models import gpt2, llama
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
@@ -76,12 +75,7 @@ def exporter() -> ModuleType:
     """The script that exports decoders; it needs torch."""
     pytest.importorskip("torch", reason="needs torch and onnxscript: pip install torch onnxscript")
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
-    spec = importlib.util.spec_from_file_location("export_decoder", ROOT / "examples" / "export_decoder.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("export_decoder")
 
 
 @pytest.mark.slow
