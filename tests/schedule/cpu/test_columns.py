@@ -38,6 +38,13 @@ def test_mean_over_leading_axes(tier: str, axes: list[int]) -> None:
         np.testing.assert_allclose(compiled(x), x.astype(np.float64).mean(tuple(axes)), rtol=0, atol=1e-6)
 
 
+def test_a_mean_over_an_image_loses_few_bits(tier: str) -> None:
+    """One running sum over all pixels would lose as many bits as their number has."""
+    compiled = rule_of(tier, lambda emit, x: op.mean(x, [1, 2]), tensor((1, 160, 170, 20)))
+    x = normal(1, 1, 160, 170, 20) + np.float32(100)
+    np.testing.assert_allclose(compiled(x), x.astype(np.float64).mean((1, 2)), rtol=3e-6)
+
+
 def test_masked_mean_pooling(tier: str) -> None:
     """What a sentence model does last: a product is summed over the sequence as it is made."""
 
