@@ -87,13 +87,32 @@ def test_inputs_and_weights_are_aligned_as_compiled_code_expects(built: Path) ->
         assert (module.run(None, {"x": x})[0] % 64).tolist() == [0, 0]
 
 
-def test_outputs_own_their_memory(module: Module) -> None:
+def aligned(array: np.ndarray) -> np.ndarray:
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def test_aligned_inputs_are_read_where_they_lie_and_outputs_are_aligned(built: Path, module: Module) -> None:
+    addresses = load(built / "addresses.so")
+    x = aligned(np.zeros(3, np.float32))
+    assert addresses.run(None, {"x": x})[0][0] == x.ctypes.data
+    x.flags.writeable = False
+    assert addresses.run(None, {"x": x})[0][0] != x.ctypes.data
     given = inputs(2, 3)
+    outputs = module.run(None, given)
+    assert [output.ctypes.data % 64 for output in outputs] == [0, 0, 0]
+    np.testing.assert_array_equal(module.run(["same"], {**given, "ids": outputs[1]})[0], outputs[1])
+
+
+def test_outputs_own_their_memory(module: Module) -> None:
+    given = {name: aligned(array) for name, array in inputs(2, 3).items()}
     kept = {name: array.copy() for name, array in given.items()}
     first = module.run(None, given)
     expected = [array.copy() for array in first]
     for array in first:
-        assert array.flags.owndata
         array[...] = 77
     # Neither the inputs, nor a weight that is returned as it is, nor later results may have changed.
     for name in given:

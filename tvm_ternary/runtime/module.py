@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import time
@@ -30,6 +31,8 @@ from tvm_ternary.target import host_features
 # The virtual machine's allocator that keeps freed buffers for the next run.
 _POOLED = 2
 _DEFAULT_STREAM = 0
+# Of all tensors, in bytes, as TVM's compiled code expects it.
+_ALIGNMENT = 64
 # TVM's pool keeps freed buffers by their exact size and never lets go; a model that is fed one length after another
 # would grow without bound. After this many different shapes the pool is emptied.
 _SHAPES_KEPT = 16
@@ -148,7 +151,8 @@ class Module:
         output_names : sequence of str or None
             Which outputs to return, in which order. None: all.
         inputs : mapping of str to array
-            Every input, with exactly the declared dtype and shape. They are copied; any layout will do.
+            Every input, with exactly the declared dtype and shape. Any layout will do; on a CPU, contiguous ones at
+            multiples of 64 bytes, as outputs are, are read where they lie, and others copied.
 
         Returns
         -------
@@ -301,16 +305,21 @@ class Module:
             raise
 
     def _tensor(self, array: npt.NDArray[Any]) -> Any:
-        """Copy to memory of TVM's own: compiled code takes 64-byte alignment and compact strides for granted."""
+        """Take an array as it is if it may be, else copy it to memory of TVM's own.
+
+        Compiled code takes 64-byte alignment and compact strides for granted, and writes to no input.
+        """
         ffi = self._tvm_ffi
+        if self._device.kind == "cpu" and _can_be_read_in_place(array):
+            return ffi.from_dlpack(array)
         source = np.ascontiguousarray(array)
         tensor = self._allocate(ffi.Shape(array.shape), ffi.dtype(array.dtype.name), self._place, None)
         self._write(tensor, ctypes.c_void_p(source.ctypes.data), source.nbytes)
         return tensor
 
     def _array(self, tensor: Any) -> npt.NDArray[Any]:
-        """Copy to memory of numpy's own."""
-        array: npt.NDArray[Any] = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        """Copy to memory of numpy's own, so that it can be an input as it is: keys of the past, in the next step."""
+        array = _aligned(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
         self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
 
@@ -328,6 +337,26 @@ class Module:
     def _versions(self) -> str:
         built = ", ".join(f"{name} {version}" for name, version in sorted(self.manifest.versions.items()))
         return f"it was compiled with {built}" if built else "compile the model again"
+
+
+def _can_be_read_in_place(array: npt.NDArray[Any]) -> bool:
+    flags = array.flags
+    exported = array.dtype.kind in "biuf" and array.dtype.isnative
+    # Numpy exports no array that is read-only.
+    return bool(array.nbytes and flags.c_contiguous and flags.writeable and exported and not _misplaced(array))
+
+
+def _misplaced(array: npt.NDArray[Any]) -> int:
+    """How many bytes behind a multiple of the alignment it begins."""
+    return int(array.ctypes.data % _ALIGNMENT)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An array that is not filled yet; numpy alone aligns to 16 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -_misplaced(memory) % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_counts(**counts: int) -> None:
