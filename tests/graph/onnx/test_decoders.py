@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,15 +33,35 @@ def feeds(imported: ImportedModel, batch: int, length: int, past: int, vocabular
     return arrays
 
 
-def check_decoder(prompt: Path | onnx.ModelProto, step: Path | onnx.ModelProto, matrices: int) -> None:
-    """Both files against onnxruntime at several lengths, and a prompt with single steps behind it against one pass."""
+def check_decoder(
+    prompt: Path | onnx.ModelProto,
+    step: Path | onnx.ModelProto,
+    matrices: int,
+    *,
+    hides: bool = True,
+    sizes: Sequence[tuple[int, int, int]] = ((2, 5, 3), (1, 1, 7)),
+) -> None:
+    """Both files against onnxruntime, and a prompt with single steps behind it against one pass.
+
+    Parameters
+    ----------
+    prompt, step : path or model
+    matrices : int
+        How many each has.
+    hides : bool
+        Whether a mask hides a key in the first comparison.
+    sizes : sequence of tuple of int
+        Batch, length and past of each comparison with onnxruntime.
+    """
     compiled = {}
     for name, source in (("prompt", prompt), ("step", step)):
         imported = import_onnx(source)
         compiled[name] = Compiled(imported)
         assert len(weight_products(imported)) == matrices
-        for batch, length, past in ((2, 5, 3), (1, 1, 7)):
+        for batch, length, past in sizes:
             case = feeds(imported, batch, length, past if name == "step" else 0)
+            if "attention_mask" in case and not hides:
+                case["attention_mask"][:] = 1
             for got, want in zip(compiled[name](case), run_onnxruntime(source, case), strict=True):
                 assert relative_error(got, want) <= 1e-5
     whole = feeds(compiled["prompt"].imported, 2, 8, 0)

@@ -36,7 +36,7 @@ def skip_simplified_layer_normalization(emitter: Emitter, node: Node) -> list[re
     """``SkipSimplifiedLayerNormalization``: the same of input + skip (+ bias); its fourth output is the sum."""
     _refuse_statistics(node)
     total = _sum(emitter, node, (0, 1, 3))
-    epsilon = float(node.attributes.get("epsilon", 1e-5))
+    epsilon = float(node.attributes.get("epsilon", 1e-12))
     return [R.nn.rms_norm(total, emitter.tensor(node.value(2), node), [-1], epsilon), None, None, total]
 
 
