@@ -26,6 +26,7 @@ import onnx
 
 from tests.graph.onnx.node_cases import BOUND, NodeCase, node_cases
 from tvm_ternary.files import atomic_path
+from tvm_ternary.graph.onnx.operators.contrib.table import CONTRIB
 from tvm_ternary.graph.onnx.operators.table import known_operators
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,6 +53,13 @@ only: an input of such a type is bound where others are left, and a case with an
 
 | operator | opsets | known at import | node tests passed |
 |---|---|---|---|
+"""
+
+CONTRIB_HEAD = """
+## Operators of com.microsoft
+
+The onnx package has no node tests of these; our own compare them with onnxruntime.
+
 """
 
 
@@ -135,6 +143,7 @@ def write_table(results: Mapping[str, str | None]) -> None:
                 reasons[results[case.name]].append(f"`{case.name}`")
         for reason, names in reasons.items():
             text += f"- **{op}**: {reason}. {', '.join(names)}\n"
+    text += CONTRIB_HEAD + "\n".join(f"- {op}" for op in sorted(CONTRIB)) + "\n"
     with atomic_path(TABLE) as path:
         path.write_text(text)
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.graph.onnx.node_cases import NodeCase, node_cases
+from tvm_ternary.graph.onnx.operators.contrib.table import CONTRIB
 from tvm_ternary.graph.onnx.operators.table import known_operators, own_operators
 
 LEFT_OUT = {
@@ -62,6 +63,8 @@ def test_the_table_lists_every_operator_that_is_known() -> None:
     rows = re.findall(r"^\| ([\w.]+) \| \d", TABLE.read_text(), re.MULTILINE)
     assert len(rows) == len(set(rows))
     assert set(known_operators()) <= set(rows), "make it again: python -m tests.graph.onnx.node_table"
+    listed = re.findall(r"^- (\w+)$", TABLE.read_text(), re.MULTILINE)
+    assert set(listed) == set(CONTRIB), "make it again: python -m tests.graph.onnx.node_table"
 
 
 def test_the_tables_sums_agree_with_its_rows() -> None:

@@ -23,7 +23,7 @@ from tvm_ternary.graph.onnx.operators.attention_core import (
 )
 from tvm_ternary.graph.onnx.operators.rotary_core import rotate
 from tvm_ternary.graph.onnx.operators.shaping import filled
-from tvm_ternary.graph.onnx.values import Constant, Dim, Value, as_expr, describe
+from tvm_ternary.graph.onnx.values import Dim, Value, as_expr, describe
 
 _BIASED, _WEIGHTS = 2, 3
 """Values of ``qk_matmul_output_mode``: the scores with what is added to them, and their softmax."""
@@ -172,5 +172,5 @@ def _table(emitter: Emitter, node: Node, table: Value, turned: int) -> relax.Exp
     if not node.has(3):
         return emitter.emit(R.expand_dims(emitter.tensor(table, node), 1))
     places = emitter.tensor(node.value(3), node)
-    data = emitter.embedding(table, node) if isinstance(table, Constant) else emitter.tensor(table, node)
-    return emitter.emit(R.expand_dims(emitter.emit(R.take(data, places, 0, "nan")), 1))
+    rows = R.take(emitter.tensor(table, node), places, 0, "nan")  # no embedding: angles must not be rounded
+    return emitter.emit(R.expand_dims(emitter.emit(rows), 1))

@@ -243,8 +243,7 @@ def _neighbours(node: Node, change: _Axis, kernel: _Kernel) -> int:
 
 def _table(length: Any, size: Any, change: _Axis, kernel: _Kernel, count: int) -> list[te.Tensor]:
     """For every place of the result: its first neighbour, the weights of all, and whether it lies in the image."""
-    scale = change.scale if change.scale is not None else size.astype("float64") / length.astype("float64")
-    center = te.compute((size,), lambda place: _center(place, length, size, scale, change, kernel), name="center")
+    center = te.compute((size,), lambda place: _center(place, length, size, change, kernel), name="center")
 
     def left(place: Any) -> Any:
         return tirx.ceil(center(place)) - 1
@@ -268,7 +267,9 @@ def _table(length: Any, size: Any, change: _Axis, kernel: _Kernel, count: int) -
 
     def weight(place: Any, index: Any) -> Any:
         distance = (index - (count // 2 - 1)).astype("float64") - share(place)
-        value = _weight(tirx.abs(distance * min(scale, 1.0) if kernel.antialias else distance), kernel)
+        if kernel.antialias:
+            distance = distance * min(float(change.scale or 1.0), 1.0)
+        value = _weight(tirx.abs(distance), kernel)
         if not kernel.exclude:
             return value
         position = first(place) + index
@@ -290,13 +291,18 @@ def _table(length: Any, size: Any, change: _Axis, kernel: _Kernel, count: int) -
     return [first, weights, inside]
 
 
-def _center(place: Any, length: Any, size: Any, scale: Any, change: _Axis, kernel: _Kernel) -> Any:
+def _center(place: Any, length: Any, size: Any, change: _Axis, kernel: _Kernel) -> Any:
     """The place in the input, in float64, that one of the result stands for."""
     place, length, size = (item.astype("float64") for item in (place, length, size))
-    exact = length * scale if change.scale is not None else size
-    half = (place + 0.5) / scale - 0.5
+    exact = length * change.scale if change.scale is not None else size
+
+    def unscaled(x: Any) -> Any:
+        # TVM's bounds take quotients for integers: that of both sizes might be zero, and must not divide.
+        return x / change.scale if change.scale is not None else x * length / size
+
+    half = unscaled(place + 0.5) - 0.5
     if kernel.places == "asymmetric":
-        return place / scale
+        return unscaled(place)
     if kernel.places == "half_pixel":
         return half
     if kernel.places == "half_pixel_symmetric":
