@@ -63,8 +63,8 @@ class Case:
     def bound(self) -> np.ndarray:
         """To first order: a score that is off by e moves weights by the factor 1 + e, and so does their sum.
 
-        Scores are sums of D products of rounded factors, weights are exp within 2e-7, sums are of S terms, which fade once
-        a block.
+        Scores are sums of D products of rounded factors, weights are exp within 2e-7, sums are of S terms, which fade
+        once a block.
         """
         group, keys = self.shape.group, self.k.shape[2]
         k = np.repeat(np.abs(self.k.astype(np.float64)), group, axis=1)
