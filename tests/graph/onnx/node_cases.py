@@ -107,6 +107,15 @@ class NodeCase:
         arrays = (a for values in self.test.data_sets for side in values for a in _arrays(side))
         return all(str(array.dtype) in DTYPES for array in arrays)
 
+    @property
+    def has_empty_input(self) -> bool:
+        """Whether an input that stays one has no elements."""
+        names = [value.name for value in self.test.model.graph.input]
+        every = [dict(zip(names, _arrays(inputs), strict=True)) for inputs, _ in self.test.data_sets]
+        return any(
+            array.size == 0 for feeds in every for name, array in feeds.items() if name not in self._bound(feeds)
+        )
+
     def check(self) -> None:
         """Import, compile, run and compare.
 
