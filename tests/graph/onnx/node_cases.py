@@ -39,7 +39,6 @@ BOUND = {
     "LSTM": (1, 2, 3, 4, 7),
     "Loop": (0, 1),
     "MaxUnpool": (2,),
-    "NonMaxSuppression": (2,),
     "OneHot": (1,),
     "Pad": (1, 3),
     "RNN": (1, 2, 3, 4),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 
-from tests.graph.onnx.running import assert_matches, run_reference
+import tvm_ternary
+from tests.graph.onnx.running import assert_matches, run_onnxruntime, run_reference
 from tests.models import FLOAT, INT64, GraphBuilder
 from tvm_ternary.errors import UnsupportedOperatorError
 from tvm_ternary.graph.importer import import_onnx
@@ -56,6 +59,26 @@ def test_frames() -> None:
     g.output("y", FLOAT)
     imported = assert_matches(g.model(), [{"x": floats(b, n, 1)} for b, n in ((1, 16), (2, 33))], run=run_reference)
     assert imported.outputs[0].shape[2:] == (9, 2)
+
+
+def test_boxes(tmp_path: Path) -> None:
+    """How many are kept is known at run time; also as the compiler schedules it."""
+    g = GraphBuilder(opset=17)
+    boxes, scores = g.input("boxes", FLOAT, ["batch", "n", 4]), g.input("scores", FLOAT, ["batch", 3, "n"])
+    limits = [g.constant(5), g.constant(0.2), g.constant(0.3)]
+    g.node("NonMaxSuppression", boxes, scores, *limits, output="kept")
+    g.output("kept", INT64, ["m", 3])
+    model = g.model()
+    random = np.random.default_rng(0)
+    cases = [
+        {"boxes": random.random((b, n, 4), np.float32), "scores": random.random((b, 3, n), np.float32)}
+        for b, n in ((1, 9), (2, 40))
+    ]
+    assert_matches(model, cases)
+    onnx.save(model, tmp_path / "m.onnx")
+    tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so", layers=[])
+    (kept,) = tvm_ternary.load(tmp_path / "m.so").run(None, cases[1])
+    np.testing.assert_array_equal(kept, run_onnxruntime(model, cases[1])[0])
 
 
 def test_a_transform_of_open_length_is_refused() -> None:
