@@ -63,8 +63,7 @@ def test_operators() -> None:
     assert [row[:4] for row in table.rows] == [
         ("f", "matmul_a8", "2", "0.006"),
         ("g", "", "1", "0.001"),
-        ("virtual machine", "", "1", "0.001"),
-        ("between calls", "", "", "0.003"),
+        ("virtual machine", "", "1", "0.003"),
     ]
     assert table.rows[0][4:] == ("60.0%", "1", "0.4", "43%")
     assert {row[-1] for row in operators_table(PROFILE, MANIFEST).rows} == {""}

@@ -22,7 +22,8 @@ def test_every_call_in_order(built: Path) -> None:
     assert profile.runs == 3
     assert profile.seconds > 0
     assert [call.start for call in profile.calls] == sorted(call.start for call in profile.calls)
-    assert all(call.seconds > 0 for call in profile.calls)
+    assert min(call.seconds for call in profile.calls) == 0, "the clock's own time is taken off"
+    assert max(call.seconds for call in profile.calls) > 0
     assert any(call.function.startswith(BUILTIN) for call in profile.calls)
     (product,) = (call for call in profile.calls if call.function == "matmul")
     assert product.layer == "table"

@@ -91,7 +91,7 @@ def activation_bits(layer: LayerInfo | None) -> int:
 
 
 def operators_table(profile: Profile, manifest: Manifest, ceiling: Ceiling | None = None) -> Table:
-    """A row a function, the slowest first; the virtual machine's own calls, and the time between calls, are one each.
+    """A row a function, the slowest first, and one for the virtual machine: what is left of a run that nobody watches.
 
     Parameters
     ----------
@@ -102,11 +102,13 @@ def operators_table(profile: Profile, manifest: Manifest, ceiling: Ceiling | Non
         Without it the share of the roofline stays empty.
     """
     kernels = {function.name: function.kernel or "" for function in manifest.functions}
-    costs = _grouped(profile, manifest, ceiling, lambda call: _function(call.function))
-    rows = [(name, kernels.get(name, ""), *_cells(cost, profile)) for name, cost in _slowest_first(costs)]
-    between = profile.seconds - sum(cost.seconds for cost in costs.values())
-    if between > 0:
-        rows.append(("between calls", "", "", f"{1e3 * between:.3f}", _share(between, profile), "", "", ""))
+    costs = _grouped(profile, manifest, ceiling, lambda call: call.function)
+    own = {name: cost for name, cost in costs.items() if not name.startswith(BUILTIN)}
+    rows = [(name, kernels.get(name, ""), *_cells(cost, profile)) for name, cost in _slowest_first(own)]
+    # Its calls are too short to be timed by a clock that takes as long.
+    calls = sum(cost.calls for cost in costs.values()) - sum(cost.calls for cost in own.values())
+    left = max(profile.seconds - sum(cost.seconds for cost in own.values()), 0.0)
+    rows.append(("virtual machine", "", str(calls), f"{1e3 * left:.3f}", _share(left, profile), "", "", ""))
     return Table(("operator", "kernel", *_COLUMNS), tuple(rows), frozenset(range(2, 8)))
 
 
@@ -168,18 +170,14 @@ def _slowest_first(costs: Mapping[str, Cost]) -> Iterable[tuple[str, Cost]]:
     return sorted(costs.items(), key=lambda item: -item[1].seconds)
 
 
-def _function(name: str) -> str:
-    return "virtual machine" if name.startswith(BUILTIN) else name
-
-
 def _cells(cost: Cost, profile: Profile) -> tuple[str, ...]:
     return (
         str(cost.calls),
         f"{1e3 * cost.seconds:.3f}",
         _share(cost.seconds, profile),
-        f"{cost.operations / cost.seconds / 1e9:.0f}" if cost.operations else "",
-        f"{cost.bytes / cost.seconds / 1e9:.1f}" if cost.bytes else "",
-        f"{100 * cost.floor / cost.seconds:.0f}%" if cost.floor else "",
+        f"{cost.operations / cost.seconds / 1e9:.0f}" if cost.operations and cost.seconds else "",
+        f"{cost.bytes / cost.seconds / 1e9:.1f}" if cost.bytes and cost.seconds else "",
+        f"{100 * cost.floor / cost.seconds:.0f}%" if cost.floor and cost.seconds else "",
     )
 
 
