@@ -363,13 +363,9 @@ class TestRefusals:
 
     def test_known_flaws_of_tvm(self) -> None:
         g = GraphBuilder()
-        g.node("SpaceToDepth", g.input("x", FLOAT, [1, 4, 4, 4]), output="y", blocksize=2)
-        g.output("y", FLOAT)
-        assert_matches(g.model(), [{"x": np.arange(64, dtype=np.float32).reshape(1, 4, 4, 4)}])
-        g = GraphBuilder()
-        boxes, scores = g.input("boxes", FLOAT, [1, 6, 4]), g.input("scores", FLOAT, [1, 1, 6])
-        g.node("NonMaxSuppression", boxes, scores, output="y")
-        self.refused(g, "NonMaxSuppression .* TVM selects no boxes")
+        inputs = [g.input("x", FLOAT, [1, 1, 4, 4]), g.input("boxes", FLOAT, [2, 4]), g.input("batches", INT64, [2])]
+        g.node("RoiAlign", *inputs, output="y", mode="max")
+        self.refused(g, "RoiAlign .* the maximum of a region")
 
     def test_shapes_from_data(self) -> None:
         g = GraphBuilder()
