@@ -1,5 +1,6 @@
 # make demo    the whole way on a real model: set up, fetch it, compile it, run it, compare with onnxruntime
-# make test    set up, check, and run all tests, two files at a time
+# make test    set up, check, and run the tests, two files at a time, in a quarter of an hour
+# make slow    the tests that take longer: every node test of ONNX, 20,000 damaged models, the large real models
 # make setup   the environment (.venv, every extra in) and the models that the tests use
 # make check   linters, types and the floors of the package        make format   put the code in its form
 # make clean   what can be made again, except .venv and the models
@@ -15,7 +16,7 @@ MODELS := .cache/models
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format clean models-demo models-eval models-all models-real
+.PHONY: setup demo test slow check format clean models-demo models-eval models-all models-real
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) models-all
@@ -25,6 +26,9 @@ demo: $(INSTALLED) models-demo
 
 test: setup check
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+slow: setup models-real
+	@$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -208,7 +208,6 @@ def sentences(models: Path) -> Iterator[Feeds]:
         yield {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["t3a8g32", "t3a8g64"])
 def test_int8_activations_move_the_demo_model_by_no_more_than_rounding_must(
     scheme: str, models: Path, tmp_path: Path

@@ -91,7 +91,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("data", [False, True], ids=["weights alone", "with calibration"])
 def test_killed_in_the_middle_it_goes_on_and_gives_equal_bytes(deep: Path, tmp_path: Path, data: bool) -> None:
     random = np.random.default_rng(0)

@@ -24,7 +24,6 @@ from .conftest import cli, command
 TINY = ("tune", "--op", "linear", "--shape", "32,64", "--scheme", "t1a8", "--cost-model", "random")
 
 
-@pytest.mark.slow
 def test_a_job_that_was_killed_is_gone_on_with(tmp_path: Path) -> None:
     arguments = (*TINY, "--m", "1,2", "--trials", "6", "--work-dir", tmp_path)
     file = tmp_path / RECORDS

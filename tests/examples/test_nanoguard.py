@@ -109,7 +109,6 @@ def test_real_weights(checkpoint: Any, model: Path) -> None:
     np.testing.assert_allclose(run_onnx(model, ids, mask), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
-@pytest.mark.slow
 def test_ternary_gives_the_same_labels(
     checkpoint: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,7 +137,6 @@ def test_docstrings_are_read_not_run(tmp_path: Path) -> None:
     assert list(stdlib_text._docstrings(source)) == ["First.", "Second\n\n  deep\nend."]
 
 
-@pytest.mark.slow
 def test_the_script_writes_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "train_decoder.py", "--folder", tmp_path, "--steps", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

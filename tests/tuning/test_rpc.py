@@ -84,7 +84,6 @@ def run(
     return tune([TOY], work_dir, TARGET, realize, options, progress=progress)
 
 
-@pytest.mark.slow
 def test_servers_die_one_by_one_and_nothing_is_lost(
     tmp_path: Path, cluster: tuple[Tracker, list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
