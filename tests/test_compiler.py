@@ -369,3 +369,34 @@ def test_two_processes_in_two_folders_give_the_same_bytes(
     assert len(first) == files
     for name, content in first.items():
         assert content == second[name], f"{name} differs"
+
+
+def test_large_outputs_may_be_written_to(tmp_path: Path) -> None:
+    """They are not copied; still none shares memory with an input, a weight or another."""
+    g = GraphBuilder()
+    x = g.input("x", FLOAT, ["m", 256])
+    weight = g.weight("table", 256, 256)
+    y = g.node("Relu", x, output="y")
+    g.node("Reshape", y, g.constant([256, -1]), output="again")
+    g.node("Identity", x, output="same")
+    g.node("Identity", weight, output="table_out")
+    g.node("Add", g.node("Gather", weight, g.constant([0]), axis=0), x, output="sum")
+    for name, shape in (("y", ["m", 256]), ("again", [256, "m"]), ("same", ["m", 256]), ("table_out", [256, 256])):
+        g.output(name, FLOAT, shape)
+    g.output("sum", FLOAT, ["m", 256])
+    onnx.save(g.model(), tmp_path / "m.onnx")
+    module = load(compile(tmp_path / "m.onnx", tmp_path / "m.so", layers=[], embeddings="float").path, threads=1)
+    given = {"x": np.random.default_rng(0).standard_normal((256, 256), np.float32)}
+    for _ in range(2):
+        kept = given["x"].copy()
+        first = module.run(None, given)
+        expected = [output.copy() for output in first]
+        for number, output in enumerate(first):
+            output[...] = number
+        for number, output in enumerate(first):
+            assert (output == number).all()
+        np.testing.assert_array_equal(given["x"], kept)
+        for got, same in zip(module.run(None, given), expected, strict=True):
+            np.testing.assert_array_equal(got, same)
+        # Once more with an input that is read where it lies.
+        given = {"x": module.run(["same"], given)[0]}

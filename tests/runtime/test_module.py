@@ -18,6 +18,7 @@ import pytest
 
 import tvm_ternary
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
+from tvm_ternary.runtime.arrays import aligned
 from tvm_ternary.runtime.module import Module, load
 from tvm_ternary.runtime.sample import random_inputs
 
@@ -85,14 +86,6 @@ def test_inputs_and_weights_are_aligned_as_compiled_code_expects(built: Path) ->
     for offset in range(16):
         x = np.zeros(19, np.float32)[offset : offset + 3]
         assert (module.run(None, {"x": x})[0] % 64).tolist() == [0, 0]
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def test_aligned_inputs_are_read_where_they_lie_and_outputs_are_aligned(built: Path, module: Module) -> None:

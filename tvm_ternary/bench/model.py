@@ -18,6 +18,7 @@ from tvm_ternary.bench.model_costs import Costs, compile_apart, first_result_apa
 from tvm_ternary.bench.model_peers import FLOAT, INT8, PEERS, SPIN, choose_model_peers, feeds_of, open_session
 from tvm_ternary.bench.timing import PACE, Spread, time_turns
 from tvm_ternary.errors import OptionError
+from tvm_ternary.runtime.arrays import aligned
 from tvm_ternary.runtime.module import Module, load
 from tvm_ternary.runtime.sample import random_inputs
 
@@ -208,7 +209,9 @@ class _Case:
         self._modules = {scheme: load(library, threads=threads) for scheme, (library, _) in libraries.items()}
         module = next(iter(self._modules.values()))
         free = {} if subject.static else self._dims
-        self._inputs = dict(data) if data else random_inputs(module.inputs, free, 0, module.manifest.bounds)
+        given = dict(data) if data else random_inputs(module.inputs, free, 0, module.manifest.bounds)
+        # As the outputs of a run are, which become the inputs of the next where they are keys of the past.
+        self._inputs = {name: aligned(np.asarray(array)) for name, array in given.items()}
         self._sessions = {name: open_session(path, threads) for name, path in changed.items()}
         self._feeds = {name: feeds_of(one, self._inputs, subject.constants) for name, one in self._sessions.items()}
         self._want = self._reference()

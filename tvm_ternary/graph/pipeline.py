@@ -28,6 +28,7 @@ from tvm_ternary.graph.passes.channels_last import channels_last
 from tvm_ternary.graph.passes.fuse_attention import fuse_attention
 from tvm_ternary.graph.passes.join_steps import join_steps
 from tvm_ternary.graph.passes.lift_tables import lift_tables
+from tvm_ternary.graph.passes.own_outputs import own_outputs
 from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
 from tvm_ternary.graph.passes.transform_inputs import transform_inputs
@@ -96,8 +97,8 @@ def lower(
     module = relax.transform.BindParams("main", bound)(ternary.module) if bound else ternary.module
     dump("bind", module)
     module = lower_graph_ops(module if target.kind == "cuda" else channels_last(module))
-    if target.kind == "cuda":
-        module = read_through(module)
+    # Behind the folding of constants, which would undo copies. From a GPU every output is copied anyway.
+    module = read_through(module) if target.kind == "cuda" else own_outputs(module)
     dump("fuse", module)
     rules = cuda if target.kind == "cuda" else cpu
     module, schedules = rules.schedule_module(module, tvm.target.Target(target.tvm))

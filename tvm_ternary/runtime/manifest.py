@@ -15,6 +15,9 @@ from tvm_ternary.runtime.reader import Reader
 
 FORMAT = "tvm-ternary"
 VERSION = 4
+
+SMALL_OUTPUT = 1 << 16
+"""Bytes below which a runtime copies an output. A larger one is never memory of the library's weights."""
 DTYPES = (
     "bool",
     "int8",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
 import time
@@ -16,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
+from tvm_ternary.runtime.arrays import aligned_empty, can_be_read_in_place, span
 from tvm_ternary.runtime.artifact import Artifact, read_artifact
 from tvm_ternary.runtime.cuda import check_device
 from tvm_ternary.runtime.device import Device, choose_device
 from tvm_ternary.runtime.driver import read_devices
 from tvm_ternary.runtime.inputs import check_inputs, check_outputs
 from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
-from tvm_ternary.runtime.manifest import Manifest, TensorSpec
+from tvm_ternary.runtime.manifest import SMALL_OUTPUT, Manifest, TensorSpec
 from tvm_ternary.runtime.profile import Profile, take_profile
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
 from tvm_ternary.runtime.weights import read_weights
@@ -31,8 +31,6 @@ from tvm_ternary.target import host_features
 # The virtual machine's allocator that keeps freed buffers for the next run.
 _POOLED = 2
 _DEFAULT_STREAM = 0
-# Of all tensors, in bytes, as TVM's compiled code expects it.
-_ALIGNMENT = 64
 # TVM's pool keeps freed buffers by their exact size and never lets go; a model that is fed one length after another
 # would grow without bound. After this many different shapes the pool is emptied.
 _SHAPES_KEPT = 16
@@ -157,7 +155,7 @@ class Module:
         Returns
         -------
         list of arrays
-            They own their memory and may be written to.
+            They may be written to: none shares memory with an input, a weight or another.
 
         Raises
         ------
@@ -249,9 +247,22 @@ class Module:
         return machine, main, self._upload(arrays)
 
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
-        results = self._call(self._tensors(arrays))
-        # Copied, because a result may share memory with an input, a weight or another result.
-        return [self._array(results[index]) for index in wanted]
+        tensors = self._tensors(arrays)
+        results = self._call(tensors)
+        if self._device.kind != "cpu":
+            return [self._array(results[index]) for index in wanted]
+        # A result may be an input or another result. A weight it is not (`graph.passes.own_outputs`).
+        taken = [span(np.from_dlpack(tensor)) for tensor in tensors[: len(arrays)]]
+        handed_out = []
+        for index in wanted:
+            array = np.from_dlpack(results[index])
+            start, end = span(array)
+            shared = any(start < other_end and other < end for other, other_end in taken)
+            if shared or array.nbytes < SMALL_OUTPUT or not array.flags.writeable:
+                array = self._array(results[index])
+            taken.append((start, end))
+            handed_out.append(array)
+        return handed_out
 
     def _time(self, arrays: list[npt.NDArray[Any]], repeat: int, number: int) -> list[float]:
         tensors = self._tensors(arrays)
@@ -310,7 +321,7 @@ class Module:
         Compiled code takes 64-byte alignment and compact strides for granted, and writes to no input.
         """
         ffi = self._tvm_ffi
-        if self._device.kind == "cpu" and _can_be_read_in_place(array):
+        if self._device.kind == "cpu" and can_be_read_in_place(array):
             return ffi.from_dlpack(array)
         source = np.ascontiguousarray(array)
         tensor = self._allocate(ffi.Shape(array.shape), ffi.dtype(array.dtype.name), self._place, None)
@@ -319,7 +330,7 @@ class Module:
 
     def _array(self, tensor: Any) -> npt.NDArray[Any]:
         """Copy to memory of numpy's own, so that it can be an input as it is: keys of the past, in the next step."""
-        array = _aligned(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
+        array = aligned_empty(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
         self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
 
@@ -337,26 +348,6 @@ class Module:
     def _versions(self) -> str:
         built = ", ".join(f"{name} {version}" for name, version in sorted(self.manifest.versions.items()))
         return f"it was compiled with {built}" if built else "compile the model again"
-
-
-def _can_be_read_in_place(array: npt.NDArray[Any]) -> bool:
-    flags = array.flags
-    exported = array.dtype.kind in "biuf" and array.dtype.isnative
-    # Numpy exports no array that is read-only.
-    return bool(array.nbytes and flags.c_contiguous and flags.writeable and exported and not _misplaced(array))
-
-
-def _misplaced(array: npt.NDArray[Any]) -> int:
-    """How many bytes behind a multiple of the alignment it begins."""
-    return int(array.ctypes.data % _ALIGNMENT)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """An array that is not filled yet; numpy alone aligns to 16 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -_misplaced(memory) % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_counts(**counts: int) -> None:
