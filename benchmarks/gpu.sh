@@ -36,7 +36,7 @@ run() {
     kit=$(mktemp -d)
     # shellcheck disable=SC2064  # The folder is known now.
     trap "rm -rf '$kit'" EXIT
-    "$python" -m tarfile --filter data -e "$folder/kit.tar.xz" "$kit" || fail "'$python' cannot unpack; it needs Python 3.12 with lzma"
+    "$python" -m tarfile -e "$folder/kit.tar.xz" "$kit" || fail "'$python' cannot unpack; it needs Python 3.12 with lzma"
     if [ -f "$candidates/measure.py" ]; then seconds=$((budget / 2)); fi
     # The environment of the building host must not be found there, nor its Python.
     PYTHONPATH="$kit/site:$PWD" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -192,8 +192,8 @@ def _external(model: Path, tmp_path: Path) -> Path:
 
 def _unsupported(tmp_path: Path) -> Path:
     g = GraphBuilder("odd")
-    g.node("NonMaxSuppression", g.input("boxes", FLOAT, [1, 4, 4]), g.input("scores", FLOAT, [1, 1, 4]), output="y")
-    g.output("y", onnx.TensorProto.INT64, [None, 3])
+    g.node("Det", g.input("x", FLOAT, [2, 4, 4]), output="y")
+    g.output("y", FLOAT, [2])
     onnx.save(g.model(), tmp_path / "odd.onnx")
     return tmp_path / "odd.onnx"
 
@@ -208,7 +208,7 @@ def _unsupported(tmp_path: Path) -> Path:
         (_external, ["external.onnx", "weights.bin", "does not exist"]),
         (lambda model, folder: _changed(model, folder, np.nan), [MATRICES[1], "nan", "leave"]),
         (lambda model, folder: _changed(model, folder, -np.inf), [MATRICES[1], "inf", "leave"]),
-        (lambda model, folder: _unsupported(folder), ["NonMaxSuppression_0", "NonMaxSuppression", "17"]),
+        (lambda model, folder: _unsupported(folder), ["Det_0", "operator Det", "17"]),
     ],
     ids=["missing", "folder", "text", "truncated", "external", "nan", "inf", "unsupported"],
 )
