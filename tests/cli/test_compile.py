@@ -266,6 +266,8 @@ def test_interrupt_leaves_the_old_file(model: Path, tmp_path: Path, number: int,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **_linker(tmp_path, f"sleep 0.3\ntouch {started}\nexec sleep 60")},
+        # A shell without job control starts what runs in the background with this signal ignored, and so tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not started.exists():
