@@ -14,7 +14,8 @@ The transpositions are gone: the kernel is told where the elements of its operan
 quotient, of the scores; masks may be several, added or chosen (``where(seen, scores, -inf)``); keys and values may be
 repeated for groups of heads, or the queries of a group be rows of one product.
 
-One thing changes: a query that sees no key at all, each masked by -inf, gives zeros instead of NaN.
+Two things change. A query that sees no key, each masked by -inf, gives zeros instead of NaN. And ``where`` becomes
+an addition, so that a hidden score that is not finite shows, where the choice would have dropped it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""Attention on a CPU: scores, softmax and the sum of values in one pass over the keys; no score leaves the cache.
+
+Where there are many queries a vector lane is a query, so that softmax needs no sums across lanes, and keys and values
+are read one element at a time, broadcast, from wherever they lie: nothing of them is transposed or copied. Where there
+are few, as in a step of decoding, a lane is an element of a head, and four queries share what is read of the keys.
+
+Keys come in blocks. With the largest score m of all keys so far, the sum l of exp(s - m) and the sum o of
+exp(s - m) v, a block whose largest score is m' turns them into exp(m - m'') l + ..., m'' the larger one; in the end
+o / l is the result. A block of keys that the mask hides from all queries of a tile costs reading its mask.
+
+References
+----------
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+Dao et al., "FlashAttention", NeurIPS 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.tirx import IfThenElse, PrimFunc, Stmt, Var
+
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.schedule.cpu.attention.few import FEW, Few
+from tvm_ternary.schedule.cpu.attention.many import Many, Tile
+from tvm_ternary.schedule.cpu.attention.operands import KEYS, Operands, tiles
+from tvm_ternary.schedule.cpu.nest import index, scope, space, static
+from tvm_ternary.schedule.cpu.simd import Simd
+from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
+
+__all__ = ["FEW", "KEYS", "attention"]
+
+
+def attention(shape: Attention, lengths: tuple[int | None, int | None, int | None], simd: Simd) -> PrimFunc:
+    """The scheduled function ``(q, k, v[, mask], out)``.
+
+    Parameters
+    ----------
+    shape : Attention
+    lengths : tuple of (int or None)
+        Batch, queries and keys; None where it is known at run time.
+    simd : Simd
+
+    Returns
+    -------
+    PrimFunc
+        All float32. NaN and infinities of q, k and v go where the definition sends them.
+    """
+    batch, queries, keys = (
+        Var(name, "int64") if given is None else index(given)
+        for name, given in zip(("batch", "queries", "keys"), lengths, strict=True)
+    )
+    on = Operands(shape, simd, batch, queries, keys)
+    params = [on.q, on.k, on.v, *([on.mask] if shape.mask else []), on.out]
+    function = PrimFunc(params, scope("root", _by_queries(on)))
+    function = function.with_attr("tirx.noalias", True).with_attr("tirx.is_scheduled", True)
+    return expand_vector_math(function)
+
+
+def _by_queries(on: Operands) -> Stmt:
+    """Few queries, one vector of them, or more."""
+    choices: list[tuple[int, Callable[[Operands], Stmt]]] = [(FEW, _few), (on.lanes, lambda on: _many(on, 1))]
+    known = static(on.queries)
+    if known is not None:
+        return next((write for most, write in choices if known <= most), lambda on: _many(on, 2))(on)
+    result = _many(on, 2)
+    for most, write in reversed(choices):
+        result = IfThenElse(on.queries <= most, write(on), result)
+    return result
+
+
+def _many(on: Operands, vectors: int) -> Stmt:
+    width = vectors * on.lanes
+    work = on.keys * (width * (on.shape.size + on.shape.value_size) // 4)
+    extents = [on.batch, index(on.shape.heads), tiles(on.queries, width)]
+    return space(extents, work, lambda at: Many(on, Tile(at[0], at[1], at[2] * width, vectors)).write())
+
+
+def _few(on: Operands) -> Stmt:
+    work = on.keys * (FEW * (on.shape.size + on.shape.value_size) // 4)
+    extents = [on.batch, index(on.shape.kv_heads), tiles(on.queries * on.shape.group, FEW)]
+    return space(extents, work, lambda at: Few(on, at[0], at[1], at[2] * FEW).write())

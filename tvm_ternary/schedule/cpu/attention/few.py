@@ -1,0 +1,206 @@
+"""Few queries, as in a step of decoding: a lane is an element of a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import BufferStore, Select, Stmt, Var
+
+from tvm_ternary.schedule.cpu.attention.operands import (
+    KEYS,
+    NOTHING,
+    ZERO,
+    Operands,
+    across,
+    buffer,
+    inverse,
+    vectors,
+    zeros,
+)
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, static, vector
+
+FEW = 4
+"""Up to so many queries, lanes are elements of a head."""
+
+
+class Few:
+    """Up to `FEW` of the queries of all heads that share keys."""
+
+    def __init__(self, on: Operands, batch: Expr, kv: Expr, first: Expr) -> None:
+        self.on, self.shape, self.batch, self.kv, self.first = on, on.shape, batch, kv, first
+        self.lanes = on.lanes
+        self.q = buffer("q", FEW, self.shape.size)
+        self.scores = buffer("scores", FEW, KEYS)
+        self.o = buffer("o", FEW, self.shape.value_size)
+        self.state = {name: buffer(name, FEW) for name in ("peak", "total", "fade")}
+
+    def _at(self, row: int | Expr) -> tuple[Expr, Expr]:
+        """Head and query of a row; behind the last one it is repeated."""
+        queries, group = self.on.queries, self.shape.group
+        flat = tirx.min(self.first + row, queries * group - 1)
+        if group == 1:
+            return self.kv, flat
+        return self.kv * group + tirx.floordiv(flat, queries), tirx.floormod(flat, queries)
+
+    def write(self) -> Stmt:
+        """All keys for these rows."""
+        scale = tirx.const(self.shape.scale, "float32")
+
+        def load(row: Expr) -> Stmt:
+            head, query = self._at(row)
+            fetch = loop(
+                self.shape.size,
+                lambda d: BufferStore(self.q, self.on.query_at(self.batch, head, query, d) * scale, [row, d]),
+                name="d",
+            )
+            zeros = loop(self.shape.value_size, lambda d: BufferStore(self.o, ZERO, [row, d]), name="d")
+            start = [
+                BufferStore(self.state["peak"], NOTHING, [row]),
+                BufferStore(self.state["total"], ZERO, [row]),
+            ]
+            return sequence(fetch, zeros, start)
+
+        def block(first: Expr, count: Expr) -> Stmt:
+            return sequence(
+                self._score(first, count),
+                loop(FEW, lambda row: self._softmax(row, count), name="row"),
+                self._values(first, count),
+            )
+
+        def store(row: Expr) -> Stmt:
+            head, query = self._at(row)
+            factor = inverse(self.state["total"][row])
+            return loop(
+                self.shape.value_size,
+                lambda d: self.on.store(self.batch, head, query, d, self.o[row, d] * factor),
+                name="d",
+            )
+
+        rows = tirx.min(index(FEW), self.on.queries * self.shape.group - self.first)
+        body = sequence(loop(FEW, load, name="row"), self.on.blocks(block), loop(rows, store, name="row"))
+        return scope("rows", body, [self.q, self.scores, self.o, *self.state.values()])
+
+    def _score(self, first: Expr, count: Expr) -> Stmt:
+        size, lanes = self.shape.size, self.lanes
+        whole = size // lanes
+
+        def key(j: Expr) -> Stmt:
+            sums = [buffer(f"sum{row}", lanes) for row in range(FEW)]
+
+            def k(d: Expr) -> Expr:
+                return self.on.key_at(self.batch, self.kv, first + j, d)
+
+            def step(n: Expr) -> Stmt:
+                def one(row: int, acc: Var) -> Stmt:
+                    def at(lane: Expr) -> Stmt:
+                        d = n * lanes + lane
+                        return BufferStore(acc, acc[lane] + self.q[row, d] * k(d), [lane])
+
+                    return vector(lanes, at)
+
+                return sequence([one(row, acc) for row, acc in enumerate(sums)])
+
+            def rest(d: Expr) -> Stmt:
+                return sequence([BufferStore(acc, acc[0] + self.q[row, d] * k(d), [0]) for row, acc in enumerate(sums)])
+
+            def finish(row: int, acc: Var) -> Stmt:
+                value = acc[0]
+                if self.shape.mask:
+                    head, query = self._at(row)
+                    value = value + self.on.mask_at(self.batch, head, query, first + j)
+                return BufferStore(self.scores, value, [row, j])
+
+            parts = [loop(whole, step, name="part")] if whole else []
+            folds = [across(acc, lanes, lambda a, b: a + b) for acc in sums]
+            tail = [loop(size - whole * lanes, lambda d: rest(whole * lanes + d), name="d")] if size % lanes else []
+            ends = [finish(row, acc) for row, acc in enumerate(sums)]
+            return scope("key", sequence(zeros(sums, lanes), *parts, *folds, *tail, ends), sums)
+
+        return loop(count, key, name="key")
+
+    def _softmax(self, row: Expr, count: Expr) -> Stmt:
+        lanes = self.lanes
+        fold = buffer("fold", lanes)
+        peak, total, fade = (self.state[name] for name in ("peak", "total", "fade"))
+        new = buffer("new", 1)
+
+        def over(write: Callable[[Expr], Stmt], one: Callable[[Expr], Stmt]) -> Stmt:
+            """Whole vectors, then the rest in lane 0."""
+            known = static(count)
+            whole = tirx.floordiv(count, index(lanes)) if known is None else index(known // lanes)
+            rest = tirx.floormod(count, index(lanes)) if known is None else index(known % lanes)
+            parts = [loop(whole, lambda n: vector(lanes, lambda lane: write(n * lanes + lane)), name="part")]
+            if static(rest) != 0:
+                parts.append(loop(rest, lambda n: one(whole * lanes + n), name="rest"))
+            return sequence(parts)
+
+        def lane_of(j: Expr) -> Expr:
+            return tirx.floormod(j, index(lanes))
+
+        def largest(j: Expr) -> Stmt:
+            return BufferStore(fold, tirx.max(fold[lane_of(j)], self.scores[row, j]), [lane_of(j)])
+
+        def weigh(j: Expr) -> Stmt:
+            return sequence(
+                BufferStore(self.scores, tirx.exp(self.scores[row, j] - new[0]), [row, j]),
+                BufferStore(fold, fold[lane_of(j)] + self.scores[row, j], [lane_of(j)]),
+            )
+
+        top = tirx.max(fold[0], peak[row])
+        middle = [
+            BufferStore(new, top, [0]),
+            BufferStore(fold, new[0], [0]),
+            BufferStore(new, Select(tirx.EQ(new[0], NOTHING), ZERO, new[0]), [0]),
+            BufferStore(fade, tirx.exp(peak[row] - new[0]), [row]),
+            BufferStore(peak, fold[0], [row]),
+        ]
+        body = sequence(
+            vector(lanes, lambda lane: BufferStore(fold, NOTHING, [lane])),
+            over(largest, largest),
+            across(fold, lanes, tirx.max),
+            middle,
+            vector(lanes, lambda lane: BufferStore(fold, ZERO, [lane])),
+            over(weigh, weigh),
+            across(fold, lanes, lambda a, b: a + b),
+            BufferStore(total, total[row] * fade[row] + fold[0], [row]),
+        )
+        return scope("softmax", body, [fold, new])
+
+    def _values(self, first: Expr, count: Expr) -> Stmt:
+        size, lanes = self.shape.value_size, self.lanes
+        fade = self.state["fade"]
+        step_vectors = 4 if self.on.simd.registers >= 32 else 2
+        parts: list[Stmt] = []
+        done = 0
+        while done < size:
+            # Whole vectors first; what is left of a ragged head goes one by one.
+            width = min(step_vectors, (size - done) // lanes) * lanes or size - done
+            parts.append(self._part(first, count, done, width, lanes if width >= lanes else 1, fade))
+            done += width
+        return sequence(parts)
+
+    def _part(self, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
+        """Elements ``start .. start + width`` of the rows' sums."""
+        sums = [buffer(f"sum{row}", width) for row in range(FEW)]
+
+        def key(j: Expr) -> Stmt:
+            def one(row: int, acc: Var) -> Stmt:
+                def at(c: Expr) -> Stmt:
+                    v = self.on.value_at(self.batch, self.kv, first + j, start + c)
+                    return BufferStore(acc, acc[c] + self.scores[row, j] * v, [c])
+
+                return vectors(width, lanes, at)
+
+            return sequence([one(row, acc) for row, acc in enumerate(sums)])
+
+        def load(row: int, acc: Var) -> Stmt:
+            return vectors(width, lanes, lambda c: BufferStore(acc, self.o[row, start + c] * fade[row], [c]))
+
+        def store(row: int, acc: Var) -> Stmt:
+            return vectors(width, lanes, lambda c: BufferStore(self.o, acc[c], [row, start + c]))
+
+        loads = [load(row, acc) for row, acc in enumerate(sums)]
+        stores = [store(row, acc) for row, acc in enumerate(sums)]
+        return scope("part", sequence(loads, loop(count, key, name="key"), stores), sums)

@@ -1,0 +1,145 @@
+"""What attention reads and writes, and the few statements that both of its ways are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.sym import Analyzer
+from tvm.tirx import BufferStore, Select, Stmt, Var
+
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.schedule.cpu.nest import index, loop, sequence, static, vector
+from tvm_ternary.schedule.cpu.simd import Simd
+
+KEYS = 64
+"""Keys of a block: their scores for a tile of queries, beside the tile itself, fit the first-level cache."""
+
+ZERO = tirx.const(0.0, "float32")
+NOTHING = tirx.const(float("-inf"), "float32")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The arguments of an attention, and one element of each by what it is of.
+
+    Parameters
+    ----------
+    shape : Attention
+    simd : Simd
+    batch, queries, keys : Expr
+        Extents.
+    """
+
+    shape: Attention
+    simd: Simd
+    batch: Expr
+    queries: Expr
+    keys: Expr
+
+    @cached_property
+    def q(self) -> Var:
+        return self._operand("q", self.shape.query, self.shape.heads, self.queries, self.shape.size)
+
+    @cached_property
+    def k(self) -> Var:
+        return self._operand("k", self.shape.key, self.shape.kv_heads, self.keys, self.shape.size)
+
+    @cached_property
+    def v(self) -> Var:
+        return self._operand("v", self.shape.value, self.shape.kv_heads, self.keys, self.shape.value_size)
+
+    @cached_property
+    def out(self) -> Var:
+        return self._operand("out", self.shape.out, self.shape.heads, self.queries, self.shape.value_size)
+
+    @cached_property
+    def mask(self) -> Var:
+        extents = {"b": self.batch, "h": index(self.shape.heads), "m": self.queries, "s": self.keys}
+        dims = [extents[axis] if axis in self.shape.mask else index(1) for axis in "bhms"]
+        return tirx.decl_buffer(dims, "float32", "mask")
+
+    def _operand(self, name: str, layout: str, heads: int, length: Expr, size: int) -> Var:
+        extents = {"b": self.batch, "h": index(heads), "l": length, "d": index(size)}
+        return tirx.decl_buffer([extents[axis] for axis in layout], "float32", name)
+
+    def query_at(self, batch: Expr, head: Expr, query: Expr, d: Expr) -> Expr:
+        return self.q[tuple(place(self.shape.query, batch, head, query, d))]
+
+    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        return self.k[tuple(place(self.shape.key, batch, kv, key, d))]
+
+    def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        return self.v[tuple(place(self.shape.value, batch, kv, key, d))]
+
+    def mask_at(self, batch: Expr, head: Expr, query: Expr, key: Expr) -> Expr:
+        at = {"b": batch, "h": head, "m": query, "s": key}
+        return self.mask[tuple(at[axis] if axis in self.shape.mask else index(0) for axis in "bhms")]
+
+    def store(self, batch: Expr, head: Expr, query: Expr, d: Expr, value: Expr) -> Stmt:
+        return BufferStore(self.out, value, place(self.shape.out, batch, head, query, d))
+
+    @property
+    def lanes(self) -> int:
+        """Float32 elements of a vector."""
+        return self.simd.lanes("float32")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a register tile, two vectors wide: they and what they are made of fit the registers."""
+        return 8 if self.simd.registers >= 32 else 4
+
+    def blocks(self, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+        """For each block of keys, ``body(first, count)``."""
+        known = static(self.keys)
+        if known is not None and known <= KEYS:
+            return body(index(0), index(known))
+        count = tirx.floordiv(self.keys + (KEYS - 1), index(KEYS))
+        return loop(count, lambda n: body(n * KEYS, tirx.min(index(KEYS), self.keys - n * KEYS)), name="block")
+
+
+def place(layout: str, batch: Expr, head: Expr, position: Expr, d: Expr) -> list[Expr]:
+    at = {"b": batch, "h": head, "l": position, "d": d}
+    return [at[axis] for axis in layout]
+
+
+def tiles(extent: Expr, size: int) -> Expr:
+    known = static(Analyzer().simplify(extent))
+    return tirx.floordiv(extent + (size - 1), index(size)) if known is None else index(-(-known // size))
+
+
+def inverse(total: Expr) -> Expr:
+    """1 / total; 0 of nothing."""
+    return Select(tirx.EQ(total, ZERO), ZERO, tirx.const(1.0, "float32") / total)
+
+
+def buffer(name: str, *extents: int) -> Var:
+    return tirx.decl_buffer([index(extent) for extent in extents], "float32", name)
+
+
+def vectors(width: int, lanes: int, write: Callable[[Expr], Stmt]) -> Stmt:
+    """One statement for each vector of so many elements; ``write`` gets the element."""
+
+    def part(at: int) -> Stmt:
+        return vector(lanes, lambda lane: write(lane + at))
+
+    return sequence([part(at) for at in range(0, width, lanes)])
+
+
+def zeros(sums: list[Var], lanes: int) -> list[Stmt]:
+    def zero(acc: Var) -> Stmt:
+        return vectors(int(acc.shape[0]), lanes, lambda c: BufferStore(acc, ZERO, [c]))
+
+    return [zero(acc) for acc in sums]
+
+
+def across(buffer: Var, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Stmt:
+    """Fold lanes pairwise into lane 0."""
+
+    def halve(half: int) -> Stmt:
+        return vector(half, lambda lane: BufferStore(buffer, combine(buffer[lane], buffer[lane + half]), [lane]))
+
+    return sequence([halve(lanes >> step) for step in range(1, lanes.bit_length())])
