@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
-from tvm_ternary.runtime.arrays import aligned_empty, can_be_read_in_place, span
+from tvm_ternary.runtime.arrays import aligned, aligned_empty, can_be_read_in_place, span
 from tvm_ternary.runtime.artifact import Artifact, read_artifact
 from tvm_ternary.runtime.cuda import check_device
 from tvm_ternary.runtime.device import Device, choose_device
@@ -24,7 +24,7 @@ from tvm_ternary.runtime.inputs import check_inputs, check_outputs
 from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import SMALL_OUTPUT, Manifest, TensorSpec
 from tvm_ternary.runtime.profile import Profile, take_profile
-from tvm_ternary.runtime.threads import ComputeThread, thread_count
+from tvm_ternary.runtime.threads import CallingThread, ComputeThread, thread_count
 from tvm_ternary.runtime.weights import read_weights
 from tvm_ternary.target import host_features
 
@@ -65,7 +65,8 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
         ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``. None: the CPU or the first GPU, as it was compiled.
     threads : int, optional
         How many threads compute on the CPU. None: see `tvm_ternary.runtime.threads.thread_count`. For a GPU one is
-        enough, which is then what None stands for.
+        enough, which is then what None stands for. One on a CPU is the thread that calls; what else it does with TVM
+        is then done by it alone, too.
 
     Raises
     ------
@@ -109,7 +110,8 @@ class Module:
         self._place = tvm_ffi.device(device.kind, device.number)
         self._release_pool = tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")
         self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._thread = ComputeThread(tvm_ffi, threads)
+        here = device.kind == "cpu" and threads == 1
+        self._thread = CallingThread(tvm_ffi) if here else ComputeThread(tvm_ffi, threads)
         self._machine, self._main, self._weights = self._thread.call(self._open)
 
     @property
@@ -225,7 +227,7 @@ class Module:
             problem = "was used before this process was forked; CUDA does not work in the child"
             raise HostError(f"device {self._device}", problem, "load the module in the child, started by spawn")
 
-    # What follows runs on the compute thread only.
+    # What follows runs on the thread that computes only.
 
     def _open(self) -> tuple[Any, Callable[..., Any], list[Any]]:
         try:
@@ -251,18 +253,18 @@ class Module:
         results = self._call(tensors)
         if self._device.kind != "cpu":
             return [self._array(results[index]) for index in wanted]
+        views = [np.from_dlpack(results[index]) for index in wanted]
+        large = [index for index, view in enumerate(views) if view.nbytes >= SMALL_OUTPUT]
         # A result may be an input or another result. A weight it is not (`graph.passes.own_outputs`).
-        taken = [span(np.from_dlpack(tensor)) for tensor in tensors[: len(arrays)]]
-        handed_out = []
-        for index in wanted:
-            array = np.from_dlpack(results[index])
-            start, end = span(array)
+        taken = [span(np.from_dlpack(tensor)) for tensor in tensors[: len(arrays)]] if large else []
+        handed_out = {}
+        for index in large:
+            start, end = span(views[index])
             shared = any(start < other_end and other < end for other, other_end in taken)
-            if shared or array.nbytes < SMALL_OUTPUT or not array.flags.writeable:
-                array = self._array(results[index])
-            taken.append((start, end))
-            handed_out.append(array)
-        return handed_out
+            if not shared and views[index].flags.writeable:
+                handed_out[index] = views[index]
+                taken.append((start, end))
+        return [handed_out[index] if index in handed_out else aligned(view) for index, view in enumerate(views)]
 
     def _time(self, arrays: list[npt.NDArray[Any]], repeat: int, number: int) -> list[float]:
         tensors = self._tensors(arrays)

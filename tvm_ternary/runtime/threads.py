@@ -1,9 +1,10 @@
-"""One compute thread for each module, with a pool of TVM workers of exactly the size asked for.
+"""Where a module computes: on a thread of its own with a pool of exactly the size asked for, or where it is called.
 
 TVM keeps a pool for every thread that calls it, fixes the pool's size when that thread first needs it, and by default
 pins its workers *and the calling thread* to the lowest-numbered CPUs. A thread of our own makes the size exact
 whatever else used TVM before, leaves the caller's affinity alone, and puts runs one after another. The hand-over
-costs about ten microseconds. Nothing is pinned, unless the environment variable ``TVM_BIND_THREADS`` is 1.
+there and back costs 30 microseconds, twice what a small model takes; where one thread is to compute, the caller's
+does. Nothing is pinned, unless the environment variable ``TVM_BIND_THREADS`` is 1.
 """
 
 from __future__ import annotations
@@ -28,6 +29,28 @@ _BIND = "TVM_BIND_THREADS"
 _environment = threading.Lock()
 
 
+class CallingThread:
+    """Runs calls one after another on the thread that makes them; TVM's pool of that thread is then it alone.
+
+    Parameters
+    ----------
+    tvm_ffi : module
+        With TVM's runtime loaded.
+    """
+
+    count = 1
+
+    def __init__(self, tvm_ffi: Any) -> None:
+        self._pool = _Pool(tvm_ffi, 1)
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[..., _T], *args: Any) -> _T:
+        """Run ``function(*args)`` and give its result; safe from any thread, and after a fork."""
+        with self._lock:
+            self._pool.ensure()
+            return function(*args)
+
+
 class ComputeThread:
     """Runs calls one after another on a thread whose TVM pool has ``count`` threads, itself included.
 
@@ -41,8 +64,7 @@ class ComputeThread:
 
     def __init__(self, tvm_ffi: Any, count: int) -> None:
         self.count = count
-        self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-        self._pool_size = tvm_ffi.get_global_func("runtime.NumThreads")
+        self._pool = _Pool(tvm_ffi, count)
         self._lock = threading.Lock()
         self._start()
 
@@ -59,24 +81,41 @@ class ComputeThread:
         self._process = os.getpid()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tvm-ternary")
         try:
-            self._executor.submit(self._make_pool).result()
+            self._executor.submit(self._pool.ensure).result()
         except RuntimeError as error:
             raise HostError(
                 "threads", f"a pool of {self.count} cannot be started ({error})", "ask for fewer"
             ) from error
 
-    def _make_pool(self) -> None:
+
+class _Pool:
+    """TVM's pool of whichever thread asks."""
+
+    def __init__(self, tvm_ffi: Any, count: int) -> None:
+        self._count = count
+        self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        self._size = tvm_ffi.get_global_func("runtime.NumThreads")
+        # NumThreads is no proof before a pool was made: it then gives the size that one would have.
+        self._made = threading.local()
+
+    def ensure(self) -> None:
+        """Make the calling thread's pool what it is to be, if somebody has not left it so."""
+        if not hasattr(self._made, "once") or self._size() != self._count:
+            self._make()
+            self._made.once = True
+
+    def _make(self) -> None:
         # TVM takes the size of a new pool from the length of the CPU list; the list itself only matters for binding.
-        cpus = ["0"] * self.count
+        cpus = ["0"] * self._count
         with _environment:
             bound = os.environ.get(_BIND)
             os.environ[_BIND] = bound or "0"
             try:
-                self._configure(_PREFER_FAST_CORES, self.count, cpus)
+                self._configure(_PREFER_FAST_CORES, self._count, cpus)
             finally:
                 if bound is None:
                     del os.environ[_BIND]
-        assert self._pool_size() == self.count
+        assert self._size() == self._count
 
 
 def thread_count(threads: int | None) -> int:
