@@ -31,6 +31,9 @@ class Attention:
     mask : str
         The axes that what is added to scores has really, of ``bhms``: batch, head, query and key. Empty where there is
         no mask. Its other dimensions are 1.
+    joined : bool
+        Whether keys and values are given in two parts, those of the past and new ones behind them. The joined ones are
+        then results, too: the past of the next step.
     """
 
     heads: int
@@ -43,6 +46,7 @@ class Attention:
     value: str = "blhd"
     out: str = "blhd"
     mask: str = ""
+    joined: bool = False
 
     @property
     def group(self) -> int:

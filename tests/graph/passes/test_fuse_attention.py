@@ -32,7 +32,7 @@ class Fused:
     def __init__(self, inputs: dict[str, Sequence[int | str]], build: Any) -> None:
         self.shapes: list[Attention] = []
 
-        def schedule(shape: Attention, lengths: tuple[int | None, int | None, int | None]) -> tvm.tirx.PrimFunc:
+        def schedule(shape: Attention, lengths: tuple[int | None, ...]) -> tvm.tirx.PrimFunc:
             self.shapes.append(shape)
             return attention(shape, lengths, simd_of(NATIVE))
 
@@ -164,6 +164,53 @@ def test_without_heads_and_with_two_masks() -> None:
     one, two = random(B, 1, 6, seed=3), random(L, 6, seed=4)
     want = reference_attention(q[:, None], k[:, None], v[:, None], 0.3, (one + two)[:, None])[:, 0]
     np.testing.assert_allclose(fused.run(q, k, v, one, two)[0], want, atol=1e-5)
+
+
+CACHE = ("b", KV, "past", SIZE)
+
+
+def step(emit: Emit, x: relax.Expr, k: relax.Expr, v: relax.Expr, old_k: relax.Expr, old_v: relax.Expr, axis: int):  # type: ignore[no-untyped-def]
+    """A step of decoding: what it gives, keys and values."""
+    k, v = (heads(emit, new, KV, [0, 2, 1, 3]) for new in (k, v))
+    k, v = (emit(R.concat([old, new], axis)) for old, new in ((old_k, k), (old_v, v)))
+    wide_k, wide_v = (repeated_by_broadcast(emit, one) for one in (k, v))
+    q = heads(emit, x, HEADS, [0, 2, 1, 3])
+    scores = emit(R.multiply(emit(R.matmul(q, emit(R.permute_dims(wide_k, [0, 1, 3, 2])))), SCALE))
+    y = joined(emit, emit(R.matmul(emit(R.nn.softmax(scores, 3)), wide_v)), *x.ty.shape.values[:2])
+    return y, k, v
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_the_past_is_joined_on_the_way(returned: bool) -> None:
+    def build(emit, q, k, v, old_k, old_v):  # type: ignore[no-untyped-def]
+        return step(emit, q, k, v, old_k, old_v, 2)[: 3 if returned else 1]
+
+    narrow = ("b", "new", KV * SIZE)
+    fused = Fused({"q": FLAT["q"], "k": narrow, "v": narrow, "old_k": CACHE, "old_v": CACHE}, build)
+    (shape,) = fused.shapes
+    assert shape.joined
+    assert "concat" not in operators(fused.module)
+    for length, new, past in ((1, 1, 9), (5, 2, 70)):
+        q, k, v = random(B, length, 32), random(B, new, 16, seed=1), random(B, new, 16, seed=2)
+        old = [random(B, KV, past, SIZE, seed=seed) for seed in (3, 4)]
+        y, *cache = fused.run(q, k, v, *old)
+        whole = [np.concatenate([before, of_heads(x, KV)], 2) for before, x in zip(old, (k, v), strict=True)]
+        want = reference_attention(of_heads(q, HEADS), *whole, 0.3).swapaxes(1, 2).reshape(y.shape)
+        np.testing.assert_allclose(y, want, atol=1e-5)
+        assert len(cache) == (2 if returned else 0)
+        assert all(np.array_equal(got, x) for got, x in zip(cache, whole, strict=False))
+
+
+def test_what_others_read_is_joined_for_all() -> None:
+    def build(emit, q, k, v, old_k, old_v):  # type: ignore[no-untyped-def]
+        y, k, v = step(emit, q, k, v, old_k, old_v, 2)
+        return [y, emit(R.negative(k)), v]
+
+    narrow = ("b", "new", KV * SIZE)
+    fused = Fused({"q": FLAT["q"], "k": narrow, "v": narrow, "old_k": CACHE, "old_v": CACHE}, build)
+    (shape,) = fused.shapes
+    assert not shape.joined
+    assert operators(fused.module).count("concat") == 2
 
 
 def scores_are_an_output(emit: Any, q: relax.Expr, k: relax.Expr, v: relax.Expr) -> list[relax.Expr]:

@@ -13,11 +13,10 @@ import tvm
 
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
 from tvm_ternary.kernels.attention import AXES, Attention, reference_attention
-from tvm_ternary.schedule.cpu.attention import FEW, KEYS, attention
+from tvm_ternary.schedule.cpu.attention import FEW, KEYS, Lengths, attention
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.target import resolve
 
-Lengths = tuple[int | None, int | None, int | None]
 UNKNOWN: Lengths = (None, None, None)
 BASE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="ms")
 
@@ -55,6 +54,27 @@ class Case:
         compiled(tier, shape, lengths)(*tensors)
         return tensors[-1].numpy().transpose([shape.out.index(axis) for axis in AXES])
 
+    def run_joined(self, tier: str, past: int, lengths: Lengths) -> list[np.ndarray]:
+        """The result, and the joined keys and values, which are handed in apart."""
+        shape = self.shape
+        parts = [
+            placed(part, layout)
+            for x, layout in ((self.k, shape.key), (self.v, shape.value))
+            for part in (x[:, :, :past], x[:, :, past:])
+        ]
+        out = np.empty((*self.q.shape[:-1], shape.value_size), np.float32)
+        layouts = shape.out, shape.key, shape.value
+        results = [
+            np.full_like(placed(x, layout), np.nan) for x, layout in zip((out, self.k, self.v), layouts, strict=True)
+        ]
+        masks = [] if self.mask is None else [self.mask]
+        tensors = [tvm.runtime.tensor(x) for x in (placed(self.q, shape.query), *parts, *masks, *results)]
+        compiled(tier, shape, lengths)(*tensors)
+        return [
+            tensor.numpy().transpose([layout.index(axis) for axis in AXES])
+            for tensor, layout in zip(tensors[-3:], layouts, strict=True)
+        ]
+
     def check(self, tier: str, lengths: Lengths = UNKNOWN) -> None:
         got = self.run(tier, lengths)
         want = reference_attention(self.q, self.k, self.v, self.shape.scale, self.mask)
@@ -86,8 +106,35 @@ def test_lengths(tier: str, mask: str) -> None:
 
 
 def test_known_lengths(tier: str) -> None:
-    for queries, keys in ((2, 70), (16, 64), (40, 130)):
+    for queries, keys in ((1, 65), (2, 70), (16, 64), (40, 130)):
         Case(BASE, 1, queries, keys).check(tier, (1, queries, keys))
+
+
+def test_a_single_row(tier: str) -> None:
+    shape = replace(BASE, heads=3, kv_heads=3)
+    Case(shape, 2, 1, 2 * KEYS + 5).check(tier, (2, 1, None))
+
+
+@pytest.mark.parametrize("layouts", [("bhld", "bhld"), ("blhd", "lbhd"), ("bhdl", "bhld")])
+def test_joined(tier: str, layouts: tuple[str, str]) -> None:
+    """One tile a head, several, and many queries; new keys alone, in a block of their own, and across two."""
+    shape = replace(BASE, key=layouts[0], value=layouts[1], joined=True)
+    for queries, past, new in itertools.product((1, 2, FEW, 21), (0, 5, KEYS, KEYS + 3), (1, 70)):
+        check_joined(Case(shape, 2, queries, past + new), tier, past, (None,) * 4)
+
+
+def test_joined_of_known_lengths(tier: str) -> None:
+    shape = replace(BASE, joined=True)
+    for queries, past, new in ((1, KEYS + 3, 1), (21, 5, 21)):
+        check_joined(Case(shape, 2, queries, past + new), tier, past, (2, queries, past, new))
+
+
+def check_joined(case: Case, tier: str, past: int, lengths: Lengths) -> None:
+    out, k, v = case.run_joined(tier, past, lengths)
+    assert np.array_equal(k, case.k)
+    assert np.array_equal(v, case.v)
+    want = reference_attention(case.q, case.k, case.v, case.shape.scale, case.mask)
+    assert np.all(np.abs(out - want) <= case.bound())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ After::
 
 The transpositions are gone: the kernel is told where the elements of its operands lie. The scale may be a product or a
 quotient, of the scores; masks may be several, added or chosen (``where(seen, scores, -inf)``); keys and values may be
-repeated for groups of heads, or the queries of a group be rows of one product.
+repeated for groups of heads, or the queries of a group be rows of one product. Where keys and values are those of the
+past with new ones behind them, the kernel joins them itself and gives the joined ones as results, too.
 
 Two things change. A query that sees no key, each masked by -inf, gives zeros instead of NaN. And ``where`` becomes
 an addition, so that a hidden score that is not finite shows, where the choice would have dropped it.
@@ -32,8 +33,8 @@ from tvm_ffi import structural_equal
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of
 from tvm_ternary.kernels.attention import AXES, Attention
 
-Schedule = Callable[[Attention, tuple[int | None, int | None, int | None]], tvm.tirx.PrimFunc]
-"""Gives the function of an attention for a batch and lengths."""
+Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
+"""Gives the function of an attention for a batch and lengths: of queries and keys, or queries, past and new keys."""
 
 # A score that is replaced by something from here down is as good as gone, like one to which it is added.
 _HIDDEN = -1e30
@@ -41,10 +42,11 @@ _HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor, and which of its dimensions is what; a letter of `AXES` each."""
+    """A tensor, and which of its dimensions is what, a letter of `AXES` each; the two parts it is joined of, if any."""
 
     value: relax.Expr
     layout: str
+    joined: tuple[relax.Expr, ...] = ()
 
     @property
     def extents(self) -> dict[str, Any]:
@@ -70,6 +72,14 @@ class _Match:
     softmax: relax.Var
     result: relax.Var
     layout: str
+    joined: bool = False
+
+    @property
+    def parts(self) -> list[_Operand]:
+        """Keys and values; joined, the two parts of each."""
+        if not self.joined:
+            return [self.key, self.value]
+        return [_Operand(part, one.layout) for one in (self.key, self.value) for part in one.joined]
 
 
 def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
@@ -93,6 +103,10 @@ def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
 
 
 class _Finder(Dataflow):
+    def __init__(self, main: relax.Function) -> None:
+        super().__init__(main)
+        self.returned = main.body.body
+
     def find(self) -> dict[relax.Var, _Match]:
         """The attentions, by the variables that hold their results."""
         matches = {}
@@ -120,13 +134,14 @@ class _Finder(Dataflow):
         q, k = self.calls[scores.product].args
         operands = (
             self._query(q, letters, grouped=scores.grouped),
-            self._operand(k, letters[:-2] + "dl"),
-            self._operand(product.args[1], letters),
+            self._with_parts(self._operand(k, letters[:-2] + "dl")),
+            self._with_parts(self._operand(product.args[1], letters)),
         )
         result, layout = self._result(mixed, letters, grouped=scores.grouped)
         if operands[0] is None or result is None:
             return None
-        match = _Match(operands[0], operands[1], operands[2], scores, softmax, result, layout)
+        joined = _same_parts(operands[1], operands[2])
+        match = _Match(operands[0], operands[1], operands[2], scores, softmax, result, layout, joined)
         return match if _is_attention(match, dims) else None
 
     def _scores(self, expr: relax.Expr, scores: _Scores) -> _Scores | None:
@@ -183,6 +198,15 @@ class _Finder(Dataflow):
         inner = self._unrepeated(expr, letters.find("h"))
         return _Operand(expr, letters) if inner is None else self._operand(inner, letters)
 
+    def _with_parts(self, operand: _Operand) -> _Operand:
+        """With what is joined along the positions, for this attention and the caller alone."""
+        call = self.call_of(operand.value, "concat")
+        if call is None or len(call.args[0].fields) != 2 or int(call.attrs.axis) != operand.layout.index("l"):
+            return operand
+        if len(self.readers[operand.value] - {self.returned}) != 1:
+            return operand
+        return replace(operand, joined=tuple(call.args[0].fields))
+
     def _unrepeated(self, expr: relax.Expr, axis: int) -> relax.Expr | None:
         """Keys or values before each of their heads was repeated for a group of queries' heads."""
         if (call := self.call_of(expr, "repeat")) is not None and int(call.attrs.axis) == axis:
@@ -236,6 +260,18 @@ def _is_attention(match: _Match, dims: list[Any]) -> bool:
     return heads % kv_heads == 0 and _same(out, [expected[axis] for axis in match.layout])
 
 
+def _same_parts(key: _Operand, value: _Operand) -> bool:
+    """Whether keys and values are joined of as many past and new ones."""
+    if not key.joined or not value.joined or key.value == value.value:
+        return False
+    parts = [*zip(key.joined, value.joined, strict=True)]
+    lengths = [[dims_of(part) for part in pair] for pair in parts]
+    if any(dims is None for pair in lengths for dims in pair):
+        return False
+    k, v = ([pair[n][one.layout.index("l")] for pair in lengths] for n, one in enumerate((key, value)))  # type: ignore[index]
+    return _same(k, v)
+
+
 def _same(left: list[Any], right: list[Any]) -> bool:
     analyzer = tvm.sym.Analyzer()
     return len(left) == len(right) and all(
@@ -286,7 +322,11 @@ class _Rewriter(relax.PyExprMutator):
         if match is None:
             super().visit_var_binding_(binding)
         else:
-            self.set_var_remap(binding.var, self.builder_.emit(self._call(match)))
+            results = self.builder_.emit(self._call(match))
+            names = [match.result, *((match.key.value, match.value.value) if match.joined else ())]
+            for number, var in enumerate(names):
+                field = self.builder_.emit(relax.TupleGetItem(results, number)) if match.joined else results
+                self.set_var_remap(var, field)
 
     def _call(self, match: _Match) -> relax.Expr:
         q, k, v = match.query, match.key, match.value
@@ -302,13 +342,16 @@ class _Rewriter(relax.PyExprMutator):
             value=v.layout,
             out=match.layout,
             mask=axes,
+            joined=match.joined,
         )
-        lengths = _known(q.extents["b"]), _known(q.extents["l"]), _known(k.extents["l"])
+        keys = match.parts[: len(match.parts) // 2]
+        lengths = (_known(q.extents["b"]), _known(q.extents["l"]), *(_known(part.extents["l"]) for part in keys))
         if (shape, lengths) not in self.functions:
             function = self.schedule(shape, lengths)
             self.functions[shape, lengths] = self.builder_.add_func(function, "attention")
-        operands = [self.visit_expr(one.value) for one in (q, k, v)]
-        return relax.call_tir(self.functions[shape, lengths], [*operands, *mask], match.result.ty)
+        operands = [self.visit_expr(one.value) for one in (q, *match.parts)]
+        results = [one.ty for one in (match.result, k.value, v.value)] if match.joined else match.result.ty
+        return relax.call_tir(self.functions[shape, lengths], [*operands, *mask], results)
 
     def _mask(self, match: _Match) -> tuple[list[relax.Expr], str]:
         """All masks as one float tensor of four dimensions, and which of them are not 1."""

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.sym import Analyzer
 from tvm.tirx import BufferStore, Select, Stmt, Var
 
+from tvm_ternary.schedule.cpu.attention.join import join_block
 from tvm_ternary.schedule.cpu.attention.operands import (
     KEYS,
     NOTHING,
@@ -22,19 +24,25 @@ from tvm_ternary.schedule.cpu.attention.operands import (
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, static, vector
 
 FEW = 4
-"""Up to so many queries, lanes are elements of a head."""
+"""Up to so many queries, lanes are elements of a head; and so many of the rows that read the same keys are a tile."""
+
+
+def tile_rows(on: Operands) -> int:
+    """Rows of a tile: no more than there are, where that is known."""
+    return min(FEW, static(Analyzer().simplify(on.queries * on.shape.group)) or FEW)
 
 
 class Few:
-    """Up to `FEW` of the queries of all heads that share keys."""
+    """A tile of the queries of all heads that share keys."""
 
-    def __init__(self, on: Operands, batch: Expr, kv: Expr, first: Expr) -> None:
-        self.on, self.shape, self.batch, self.kv, self.first = on, on.shape, batch, kv, first
+    def __init__(self, on: Operands, batch: Expr, kv: Expr, first: Expr, *, join: bool) -> None:
+        self.on, self.shape, self.batch, self.kv, self.first, self.join = on, on.shape, batch, kv, first, join
         self.lanes = on.lanes
-        self.q = buffer("q", FEW, self.shape.size)
-        self.scores = buffer("scores", FEW, KEYS)
-        self.o = buffer("o", FEW, self.shape.value_size)
-        self.state = {name: buffer(name, FEW) for name in ("peak", "total", "fade")}
+        self.rows = tile_rows(on)
+        self.q = buffer("q", self.rows, self.shape.size)
+        self.scores = buffer("scores", self.rows, KEYS)
+        self.o = buffer("o", self.rows, self.shape.value_size)
+        self.state = {name: buffer(name, self.rows) for name in ("peak", "total", "fade")}
 
     def _at(self, row: int | Expr) -> tuple[Expr, Expr]:
         """Head and query of a row; behind the last one it is repeated."""
@@ -64,8 +72,9 @@ class Few:
 
         def block(first: Expr, count: Expr) -> Stmt:
             return sequence(
+                [join_block(self.on, self.batch, self.kv, first, count)] if self.join else [],
                 self._score(first, count),
-                loop(FEW, lambda row: self._softmax(row, count), name="row"),
+                loop(self.rows, lambda row: self._softmax(row, count), name="row"),
                 self._values(first, count),
             )
 
@@ -78,8 +87,8 @@ class Few:
                 name="d",
             )
 
-        rows = tirx.min(index(FEW), self.on.queries * self.shape.group - self.first)
-        body = sequence(loop(FEW, load, name="row"), self.on.blocks(block), loop(rows, store, name="row"))
+        rows = tirx.min(index(self.rows), self.on.queries * self.shape.group - self.first)
+        body = sequence(loop(self.rows, load, name="row"), self.on.blocks(block), loop(rows, store, name="row"))
         return scope("rows", body, [self.q, self.scores, self.o, *self.state.values()])
 
     def _score(self, first: Expr, count: Expr) -> Stmt:
@@ -87,7 +96,7 @@ class Few:
         whole = size // lanes
 
         def key(j: Expr) -> Stmt:
-            sums = [buffer(f"sum{row}", lanes) for row in range(FEW)]
+            sums = [buffer(f"sum{row}", lanes) for row in range(self.rows)]
 
             def k(d: Expr) -> Expr:
                 return self.on.key_at(self.batch, self.kv, first + j, d)
@@ -183,7 +192,7 @@ class Few:
 
     def _part(self, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
         """Elements ``start .. start + width`` of the rows' sums."""
-        sums = [buffer(f"sum{row}", width) for row in range(FEW)]
+        sums = [buffer(f"sum{row}", width) for row in range(self.rows)]
 
         def key(j: Expr) -> Stmt:
             def one(row: int, acc: Var) -> Stmt:

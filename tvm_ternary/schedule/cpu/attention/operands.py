@@ -30,15 +30,40 @@ class Operands:
     ----------
     shape : Attention
     simd : Simd
-    batch, queries, keys : Expr
+    batch, queries : Expr
         Extents.
+    past, new : Expr
+        Keys in either part of `Attention.joined`; else none and all.
     """
 
     shape: Attention
     simd: Simd
     batch: Expr
     queries: Expr
-    keys: Expr
+    past: Expr
+    new: Expr
+
+    @cached_property
+    def keys(self) -> Expr:
+        return Analyzer().simplify(self.past + self.new)
+
+    @cached_property
+    def params(self) -> list[Var]:
+        """All arguments, results last."""
+        parts = [part for name in "kv" for part in self.apart[name]] if self.shape.joined else [self.k, self.v]
+        results = [self.out, *([self.k, self.v] if self.shape.joined else [])]
+        return [self.q, *parts, *([self.mask] if self.shape.mask else []), *results]
+
+    @cached_property
+    def apart(self) -> dict[str, tuple[Var, Var]]:
+        """The parts of k and v, past and new."""
+        shape = self.shape
+
+        def of(name: str, layout: str, size: int) -> tuple[Var, Var]:
+            past = self._operand(f"past_{name}", layout, shape.kv_heads, self.past, size)
+            return past, self._operand(f"new_{name}", layout, shape.kv_heads, self.new, size)
+
+        return {"k": of("k", shape.key, shape.size), "v": of("v", shape.value, shape.value_size)}
 
     @cached_property
     def q(self) -> Var:
