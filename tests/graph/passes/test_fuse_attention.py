@@ -195,10 +195,10 @@ def test_the_past_is_joined_on_the_way(returned: bool) -> None:
         old = [random(B, KV, past, SIZE, seed=seed) for seed in (3, 4)]
         y, *cache = fused.run(q, k, v, *old)
         whole = [np.concatenate([before, of_heads(x, KV)], 2) for before, x in zip(old, (k, v), strict=True)]
-        want = reference_attention(of_heads(q, HEADS), *whole, 0.3).swapaxes(1, 2).reshape(y.shape)
+        want = reference_attention(of_heads(q, HEADS), whole[0], whole[1], 0.3).swapaxes(1, 2).reshape(y.shape)
         np.testing.assert_allclose(y, want, atol=1e-5)
         assert len(cache) == (2 if returned else 0)
-        assert all(np.array_equal(got, x) for got, x in zip(cache, whole, strict=False))
+        assert all(map(np.array_equal, cache, whole))
 
 
 def test_what_others_read_is_joined_for_all() -> None:

@@ -44,3 +44,12 @@ def test_weights_and_their_views_are_copied() -> None:
 def test_nothing_to_copy_changes_nothing() -> None:
     module = make_module({"x": ("n", 3)}, {"w": random(3, 2)}, lambda emit, x, w: [emit(R.matmul(x, w)), x])
     assert own_outputs(module) is module
+
+
+def test_results_of_one_call_are_memory_of_a_run() -> None:
+    def build(emit, x):  # type: ignore[no-untyped-def]
+        both = emit(R.split(x, 2))
+        return [emit(relax.TupleGetItem(both, 1)), emit(R.reshape(emit(relax.TupleGetItem(both, 0)), (128, 256)))]
+
+    module = make_module({"x": (256, 256)}, {}, build)
+    assert own_outputs(module) is module

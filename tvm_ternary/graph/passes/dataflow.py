@@ -20,6 +20,8 @@ class Dataflow:
     ----------
     calls : dict of relax.Var to relax.Call
         What computes a variable, where that is an operator; in order.
+    fields : dict of relax.Var to relax.Expr
+        The tuple that a variable is a field of.
     readers : mapping of relax.Var to set of relax.Var
         The variables that are computed from one. Whoever calls the function reads its result: a reader that nothing
         computes.
@@ -28,6 +30,11 @@ class Dataflow:
     def __init__(self, main: relax.Function) -> None:
         bindings = [binding for block in main.body.blocks for binding in block.bindings]
         self.calls = {b.var: b.value for b in bindings if isinstance(b, relax.VarBinding) and _is_call(b.value)}
+        self.fields = {
+            b.var: b.value.tuple_value
+            for b in bindings
+            if isinstance(b, relax.VarBinding) and isinstance(b.value, relax.TupleGetItem)
+        }
         self.readers: defaultdict[relax.Var, set[relax.Var]] = defaultdict(set)
         for binding in bindings:
             self._read(binding.value, binding.var)

@@ -47,6 +47,8 @@ def _is_kept(value: relax.Expr, flow: Dataflow, inputs: set[relax.Var]) -> bool:
             return False
     while (call := flow.call_of(value, *_VIEWS)) is not None:
         value = call.args[0]
+    # One of several results of a call.
+    value = flow.fields.get(value, value) if isinstance(value, relax.Var) else value
     return not isinstance(value, relax.Var) or (value not in flow.calls and value not in inputs)
 
 
