@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tvm_ternary.build.artifact import build_artifact
 from tvm_ternary.build.describe import constant_bytes, describe, describe_cuda, describe_kernels
 from tvm_ternary.build.executable import build_executable, cuda_source
+from tvm_ternary.build.lift_constants import lift_constants
 from tvm_ternary.build.nvcc import compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import weights_lie_beside
 from tvm_ternary.convert.first import quantized_first
@@ -206,7 +207,7 @@ def compile(
             changed = replace(imported, module=tables.module, tables=tables.tables, params=_rest(imported, quantized))
             lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
             manifest = describe(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
-            module, params = lowered.module, lowered.ternary.params if beside else None
+            module, params = (lowered.module, lowered.ternary.params) if beside else lift_constants(lowered.module)
         # The module has its own copies of the weights, and linking needs room for more.
         del imported, quantized, tables, changed, lowered
     graph = resolved.kind == "cuda" and is_static(module)
@@ -224,7 +225,7 @@ def compile(
                 manifest, target=describe_cuda(resolved, nvcc, cuda), kernels=describe_kernels(cuda), graph=graph
             )
         fatbin = cuda.fatbin if cuda is not None else None
-        path = build_artifact(executable, manifest, destination, params, fatbin)
+        path = build_artifact(executable, manifest, destination, params, fatbin, beside=beside)
         # Read back, which checks the file and brings what was filled in while it was written.
         manifest = read_artifact(path).manifest
     return Artifact(path, manifest, stages.seconds, tuple(note for log in logs for note in log.notes))

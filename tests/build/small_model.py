@@ -136,14 +136,21 @@ def compiled(module: tvm.IRModule, target: Target) -> Any:
 
 
 def build_all(folder: Path, target: Target) -> None:
-    """Build every model above: inside.so, beside.so and addresses.so with their weights, probe.so and picky.so."""
+    """Build every model above.
+
+    The weights of inside.so are in its code, those of mapped.so and far.so behind it, and those of beside.so and
+    addresses.so in files of their own.
+    """
     signature = manifest(target, (IDS, X), OUTPUTS)
     build_artifact(compiled(dynamic(), target), signature, folder / "inside.so")
     build_artifact(compiled(dynamic(beside=True), target), signature, folder / "beside.so", WEIGHTS)
+    build_artifact(compiled(dynamic(beside=True), target), signature, folder / "mapped.so", WEIGHTS, beside=False)
     numbers = TensorSpec("numbers", "int32", (PROBE_LENGTH,))
     build_artifact(compiled(probe(), target), manifest(target, (), (numbers,)), folder / "probe.so")
     places = manifest(target, (TensorSpec("x", "float32", (3,)),), (TensorSpec("places", "int64", (2,)),))
-    build_artifact(compiled(addresses(), target), places, folder / "addresses.so", {"w": np.zeros(3, np.float32)})
+    weights = {"w": np.zeros(3, np.float32)}
+    build_artifact(compiled(addresses(), target), places, folder / "addresses.so", weights)
+    build_artifact(compiled(addresses(), target), places, folder / "far.so", weights, beside=False)
     doubled = TensorSpec("doubled", "int64", ("batch", 3))
     build_artifact(compiled(picky(), target), manifest(target, (IDS,), (doubled,)), folder / "picky.so")
 

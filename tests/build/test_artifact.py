@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tvm_ternary.build import artifact as build
 from tvm_ternary.build.artifact import append_manifest, build_artifact
 from tvm_ternary.build.weights import describe_weights
 from tvm_ternary.errors import ArtifactError, HostError, OutputError, TernaryError
 from tvm_ternary.runtime.artifact import read_artifact
-from tvm_ternary.runtime.manifest import Manifest
 from tvm_ternary.runtime.module import load
 from tvm_ternary.target import resolve
 
@@ -66,6 +66,18 @@ def test_weights_beside(beside: Any, tmp_path: Path) -> None:
     runs(path)
 
 
+def test_large_weights_inside(beside: Any, tmp_path: Path) -> None:
+    path = build_artifact(beside, MANIFEST, tmp_path / "model.so", small_model.WEIGHTS, beside=False)
+    artifact = read_artifact(path)
+    assert artifact.manifest == replace(MANIFEST, weights=replace(MANIFEST.weights, names=("table", "flag")))
+    (tmp_path / "part").write_bytes(path.read_bytes()[-(-artifact.elf_bytes // 64) * 64 :][: artifact.weights_bytes])
+    assert load_file(tmp_path / "part").keys() == small_model.WEIGHTS.keys()
+    runs(path)
+    again = build_artifact(beside, MANIFEST, tmp_path / "again.so", small_model.WEIGHTS, beside=False)
+    assert again.read_bytes() == path.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"model.so", "again.so", "part"}
+
+
 def test_building_again_replaces_and_gives_the_same_bytes(beside: Any, tmp_path: Path) -> None:
     for _ in range(2):
         build_artifact(beside, MANIFEST, tmp_path / "model.so", small_model.WEIGHTS)
@@ -108,9 +120,9 @@ def test_a_disk_that_is_full_before_the_manifest(inside: Any, tmp_path: Path, mo
     path = build_artifact(inside, MANIFEST, tmp_path / "model.so")
     elf_bytes = read_artifact(path).elf_bytes
 
-    def full(library: Path, manifest: Manifest) -> None:
+    def full(library: Path, *arguments: Any) -> None:
         with small_files(elf_bytes + 10):
-            append_manifest(library, manifest)
+            append_manifest(library, *arguments)
 
     monkeypatch.setattr(build, "append_manifest", full)
     message = refused(tmp_path, OutputError, inside, MANIFEST, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -40,6 +41,22 @@ def test_write_and_read(tmp_path_factory: pytest.TempPathFactory, weights: dict[
         for read in (array, theirs[name]):
             assert read.dtype == weights[name].dtype
             np.testing.assert_array_equal(read, weights[name])
+
+
+@given(st.lists(st.integers(0, 200), max_size=6), st.text(max_size=70))
+def test_tensors_are_aligned_but_for_those_behind_an_odd_one(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], name: str
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "aligned.safetensors"
+    weights = {f"{name}{i}": np.full(size, i, np.int8) for i, size in enumerate(sizes)}
+    write_weights(file, weights)
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    begins = {key: 8 + length + header[key]["data_offsets"][0] for key in weights}
+    even = [key for key, array in weights.items() if array.nbytes % 64 == 0]
+    odd = [key for key in weights if key not in even]
+    assert all(begins[key] % 64 == 0 for key in [*even, *odd[:1]])
 
 
 def test_strides_do_not_matter(tmp_path: Path) -> None:

@@ -41,11 +41,15 @@ def reseal(
 ) -> None:
     """Change an artifact's manifest or ELF part and put a right digest under it, by the documented layout alone."""
     content = path.read_bytes()
-    elf_bytes = int.from_bytes(content[-56:-48], "little")
-    elf, manifest = bytearray(content[:elf_bytes]), json.loads(content[elf_bytes:-FOOTER_BYTES])
-    change(manifest)
+    elf_bytes, manifest_bytes, weights_bytes = (
+        int.from_bytes(content[start : start + 8], "little") for start in range(len(content) - 56, len(content) - 32, 8)
+    )
+    start = len(content) - FOOTER_BYTES - manifest_bytes
+    elf, weights, manifest = bytearray(content[:elf_bytes]), content[elf_bytes:start], content[start:-FOOTER_BYTES]
+    document = json.loads(manifest)
+    change(document)
     elf_change(elf)
-    text = json.dumps(manifest).encode()
-    sizes = b"".join(number.to_bytes(8, "little") for number in (elf_bytes, len(text), 0))
-    body = bytes(elf) + text + b"TVMTERN1" + sizes
+    text = json.dumps(document).encode()
+    sizes = b"".join(number.to_bytes(8, "little") for number in (elf_bytes, len(text), weights_bytes))
+    body = bytes(elf) + weights + text + b"TVMTERN1" + sizes
     path.write_bytes(body + hashlib.sha256(body).digest())

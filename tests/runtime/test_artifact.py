@@ -33,10 +33,11 @@ def test_a_whole_artifact(built: Path) -> None:
     assert json.loads(content[artifact.elf_bytes : -FOOTER_BYTES]) == artifact.manifest.to_dict()
 
 
-def test_resealing_an_artifact_by_the_documented_layout_changes_nothing_else(copies: Path) -> None:
-    before = read_artifact(copies / "inside.so")
-    reseal(copies / "inside.so", lambda manifest: None)
-    assert read_artifact(copies / "inside.so") == before
+@pytest.mark.parametrize("name", ["inside.so", "mapped.so"])
+def test_resealing_an_artifact_by_the_documented_layout_changes_nothing_else(copies: Path, name: str) -> None:
+    before = read_artifact(copies / name)
+    reseal(copies / name, lambda manifest: None)
+    assert read_artifact(copies / name) == before
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -70,8 +71,9 @@ def test_elf_for_a_machine_that_is_not_known(copies: Path) -> None:
     assert "ELF for machine 8; expected 64-bit x86_64 or aarch64" in refused(path)
 
 
-def test_truncation_anywhere(copies: Path) -> None:
-    path = copies / "inside.so"
+@pytest.mark.parametrize("name", ["inside.so", "mapped.so"])
+def test_truncation_anywhere(copies: Path, name: str) -> None:
+    path = copies / name
     content, elf_bytes = path.read_bytes(), read_artifact(path).elf_bytes
     near_the_borders = [edge + step for edge in (64, elf_bytes, len(content) - FOOTER_BYTES) for step in (-1, 0, 1)]
     for size in (1, elf_bytes // 2, *near_the_borders, len(content) - 1):
@@ -80,11 +82,18 @@ def test_truncation_anywhere(copies: Path) -> None:
         assert "truncated" in message or "cut short" in message or "too few" in message
 
 
-def test_alteration_anywhere(copies: Path) -> None:
-    path = copies / "inside.so"
+@pytest.mark.parametrize("name", ["inside.so", "mapped.so"])
+def test_alteration_anywhere(copies: Path, name: str) -> None:
+    path = copies / name
     content = path.read_bytes()
+    artifact = read_artifact(path)
     generator = np.random.default_rng(0)
-    positions = [*generator.integers(64, len(content), 60), *range(len(content) - FOOTER_BYTES, len(content), 5)]
+    behind_the_code = generator.integers(artifact.elf_bytes, artifact.elf_bytes + artifact.weights_bytes + 1, 20)
+    positions = [
+        *generator.integers(64, len(content), 60),
+        *behind_the_code,
+        *range(len(content) - FOOTER_BYTES, len(content), 5),
+    ]
     for position in positions:
         altered = bytearray(content)
         altered[position] ^= 1 << int(generator.integers(8))

@@ -88,6 +88,16 @@ def test_inputs_and_weights_are_aligned_as_compiled_code_expects(built: Path) ->
         assert (module.run(None, {"x": x})[0] % 64).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("name", ["addresses.so", "far.so"])
+def test_weights_are_read_from_the_file_that_is_mapped(built: Path, name: str) -> None:
+    module = load(built / name)
+    place = int(module.run(None, {"x": np.zeros(3, np.float32)})[0][1])
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [(*(int(end, 16) for end in fields[0].split("-")), fields[-1]) for fields in maps]
+    (file,) = (Path(file) for start, end, file in ranges if start <= place < end)
+    assert file == (built / name if name == "far.so" else built / "addresses.safetensors")
+
+
 def test_aligned_inputs_are_read_where_they_lie_and_outputs_are_aligned(built: Path, module: Module) -> None:
     addresses = load(built / "addresses.so")
     x = aligned(np.zeros(3, np.float32))

@@ -15,8 +15,12 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
 from tvm_ternary.errors import ArtifactError
+from tvm_ternary.runtime.arrays import can_be_read_in_place
+from tvm_ternary.runtime.artifact import read_artifact
 from tvm_ternary.runtime.manifest import DTYPES, WeightsInfo
-from tvm_ternary.runtime.weights import read_weights
+from tvm_ternary.runtime.weights import artifact_weights, read_weights
+
+from .conftest import reseal
 
 ARRAYS = st.sampled_from(DTYPES).flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, min_side=0)))
 
@@ -61,6 +65,30 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").mkdir()
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_weights(tmp_path, info(b""))
+
+
+def test_weights_in_the_artifact_are_views_of_it(built: Path) -> None:
+    artifact = read_artifact(built / "mapped.so")
+    table, flag = artifact_weights(artifact)
+    np.testing.assert_array_equal(table, np.arange(12).reshape(4, 3) - 5)
+    assert flag.tolist() == [True, False]
+    assert can_be_read_in_place(table)
+    assert not artifact_weights(read_artifact(built / "inside.so"))
+
+
+def test_a_tensor_that_the_artifact_lacks(copies: Path) -> None:
+    path = copies / "mapped.so"
+    reseal(path, lambda manifest: manifest["weights"].update(names=["table", "banner"]))
+    with pytest.raises(ArtifactError, match=r"mapped\.so: lacks the tensor or field 'banner'"):
+        artifact_weights(read_artifact(path))
+
+
+def test_what_is_written_to_weights_reaches_no_file(copies: Path) -> None:
+    path = copies / "mapped.so"
+    before = path.read_bytes()
+    artifact_weights(read_artifact(path))[0][...] = 7
+    assert path.read_bytes() == before
+    assert artifact_weights(read_artifact(path))[0][0, 0] == -5
 
 
 def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:

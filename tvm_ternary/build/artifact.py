@@ -1,8 +1,7 @@
-"""Write the artifact: library, manifest and footer in one file, and large weights in a second one."""
+"""Write the artifact: library, weights, manifest and footer in one file, or the weights in a second one."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,10 @@ import numpy.typing as npt
 from tvm.relax import VMExecutable
 
 from tvm_ternary.build.link import link
-from tvm_ternary.build.weights import weights_path, write_weights
+from tvm_ternary.build.weights import weights_path, write_tensors, write_weights
 from tvm_ternary.files import atomic_path
-from tvm_ternary.runtime.artifact import DIGEST_SIZE, FOOTER, MAGIC
+from tvm_ternary.runtime.artifact import DIGEST_SIZE, FOOTER, MAGIC, file_digest, weights_offset
 from tvm_ternary.runtime.manifest import Manifest
-
-_CHUNK = 1 << 24
 
 
 def build_artifact(
@@ -26,23 +23,26 @@ def build_artifact(
     output: Path,
     weights: Mapping[str, npt.NDArray[Any]] | None = None,
     fatbin: bytes | None = None,
+    *,
+    beside: bool = True,
 ) -> Path:
     """Link an executable and write it with its manifest, whole or not at all.
 
     Parameters
     ----------
     executable : tvm.relax.VMExecutable
-        Compiled for ``manifest.target``. Its ``main`` takes the inputs, then the weights that lie beside.
+        Compiled for ``manifest.target``. Its ``main`` takes the inputs, then ``weights``.
     manifest : Manifest
-        With the checksum of `tvm_ternary.build.weights.describe_weights`; when ``weights`` are given,
-        ``manifest.weights`` is filled in here.
+        With the checksum of `tvm_ternary.build.weights.describe_weights`; the names of ``weights``, and the checksum of
+        a file of their own, are filled in here.
     output : Path
         The ``.so`` to write. Weights beside it go to a file of the same stem and the suffix ``.safetensors``.
     weights : mapping of str to array, optional
-        The parameters of ``main`` after the inputs, in order. None: the weights are constants of the executable.
-
+        The parameters of ``main`` after the inputs, in order. None: all are constants of the executable.
     fatbin : bytes, optional
         Machine code of the kernels, in the place of their source: `tvm_ternary.build.nvcc.CudaCode.fatbin`.
+    beside : bool
+        Whether ``weights`` go to a file of their own; otherwise into the artifact.
 
     Returns
     -------
@@ -56,39 +56,47 @@ def build_artifact(
     OutputError
         If a file cannot be written, or a safetensors file that is not ours is in the way. What was there before stays.
     """
-    beside = None if weights is None else weights_path(output)
+    own_file = weights_path(output) if weights is not None and beside else None
     with atomic_path(output) as library:
         link(executable, manifest.target.tvm, library, fatbin)
-        if weights is None or beside is None:
-            append_manifest(library, manifest)
+        if weights is None or own_file is None:
+            append_manifest(library, manifest, weights)
             return output
         # Both files are complete before either is put in place. Should the machine stop between the two renames, the
         # old library finds weights with another checksum and says so.
-        with atomic_path(beside) as file:
+        with atomic_path(own_file) as file:
             info = write_weights(file, weights)
-            append_manifest(library, replace(manifest, weights=replace(info, file=beside.name)))
+            append_manifest(library, replace(manifest, weights=replace(info, file=own_file.name)))
     return output
 
 
-def append_manifest(library: Path, manifest: Manifest) -> None:
-    """Make an artifact of an ELF library in place: append manifest and footer.
+def append_manifest(library: Path, manifest: Manifest, weights: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+    """Make an artifact of an ELF library in place: append weights, if any, manifest and footer.
+
+    Parameters
+    ----------
+    library : Path
+    manifest : Manifest
+        The names of ``weights`` are filled in.
+    weights : mapping of str to array, optional
+        What is to lie inside, in the order of the parameters of ``main``.
 
     Raises
     ------
     OSError
         If the file cannot be written. `tvm_ternary.files.atomic_path` around it makes an OutputError of that.
     """
-    digest = _sha256(library)
+    elf_bytes = weights_end = library.stat().st_size
+    start = weights_offset(elf_bytes)
+    if weights:
+        manifest = replace(manifest, weights=replace(manifest.weights, names=tuple(weights)))
+        with library.open("ab") as stream:
+            stream.write(bytes(start - elf_bytes))
+            write_tensors(stream, weights)
+        weights_end = library.stat().st_size
     text = manifest.to_json().encode("utf-8")
-    footer = FOOTER.pack(MAGIC, library.stat().st_size, len(text), 0, bytes(DIGEST_SIZE))[:-DIGEST_SIZE]
+    footer = FOOTER.pack(MAGIC, elf_bytes, len(text), max(0, weights_end - start), bytes(DIGEST_SIZE))[:-DIGEST_SIZE]
+    digest = file_digest(library)
     digest.update(text + footer)
     with library.open("ab") as stream:
         stream.write(text + footer + digest.digest())
-
-
-def _sha256(file: Path) -> hashlib._Hash:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import OptionError, OutputError
+from tvm_ternary.runtime.arrays import ALIGNMENT
 from tvm_ternary.runtime.manifest import FORMAT, WeightsInfo
 from tvm_ternary.runtime.weights import DTYPES, LENGTH, read_header
 
@@ -81,7 +82,7 @@ def weights_path(output: Path) -> Path:
 
 
 def write_weights(file: Path, weights: Mapping[str, npt.NDArray[Any]]) -> WeightsInfo:
-    """Write a safetensors file, the tensors in the given order, and describe it; ``WeightsInfo.file`` is left None.
+    """Write a safetensors file as `write_tensors` does and describe it; ``WeightsInfo.file`` is left None.
 
     The safetensors package is not used: it leaves a file that only its owner can read, and holds all weights twice.
 
@@ -97,22 +98,44 @@ def write_weights(file: Path, weights: Mapping[str, npt.NDArray[Any]]) -> Weight
     OSError
         If the file cannot be written. `tvm_ternary.files.atomic_path` around it makes an OutputError of that.
     """
+    with file.open("wb") as stream:
+        digest = write_tensors(stream, weights)
+    return WeightsInfo(sha256=digest, bytes=sum(array.nbytes for array in weights.values()), names=tuple(weights))
+
+
+def write_tensors(stream: IO[bytes], weights: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Write tensors in the safetensors format.
+
+    Where the data begin is a multiple of `ALIGNMENT` behind where the stream stood, and so is where a tensor begins,
+    but for those behind one of odd size, which come last. So what is mapped can be computed with where it lies.
+
+    Parameters
+    ----------
+    stream : binary stream
+    weights : mapping of str to array
+        Little endian, any strides.
+
+    Returns
+    -------
+    str
+        The SHA-256 of what was written, in hexadecimal digits.
+    """
+    ordered = sorted(weights.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0)
     header: dict[str, Any] = {_METADATA: {"format": FORMAT}}
     end = 0
-    for name, array in weights.items():
+    for name, array in ordered:
         assert name != _METADATA
         begin, end = end, end + array.nbytes
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # The format asks for data that starts on eight bytes and allows spaces to get there.
-    text += b" " * (-len(text) % 8)
+    # The format allows spaces behind the header.
+    text += b" " * (-(LENGTH.size + len(text)) % ALIGNMENT)
     digest = hashlib.sha256()
-    with file.open("wb") as stream:
-        parts: Iterable[bytes | memoryview] = chain((LENGTH.pack(len(text)), text), map(_bytes, weights.values()))
-        for content in parts:
-            digest.update(content)
-            stream.write(content)
-    return WeightsInfo(sha256=digest.hexdigest(), bytes=end, names=tuple(weights))
+    parts: Iterable[bytes | memoryview] = chain((LENGTH.pack(len(text)), text), (_bytes(array) for _, array in ordered))
+    for content in parts:
+        digest.update(content)
+        stream.write(content)
+    return digest.hexdigest()
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:

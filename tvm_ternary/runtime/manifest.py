@@ -226,7 +226,7 @@ class WeightsInfo:
     file : str or None
         Name of the safetensors file, which lies in the artifact's folder. None: they are inside.
     names : tuple of str
-        When beside: the parameters of ``main`` after the inputs, in order.
+        The parameters of ``main`` after the inputs, in order; of weights inside the large ones.
     """
 
     sha256: str

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import SMALL_OUTPUT, Manifest, TensorSpec
 from tvm_ternary.runtime.profile import Profile, take_profile
 from tvm_ternary.runtime.threads import CallingThread, ComputeThread, thread_count
-from tvm_ternary.runtime.weights import read_weights
+from tvm_ternary.runtime.weights import artifact_weights
 from tvm_ternary.target import host_features
 
 # The virtual machine's allocator that keeps freed buffers for the next run.
@@ -80,12 +81,15 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
     """
     if threads is not None:
         thread_count(threads)
-    artifact = read_artifact(path)
-    chosen = choose_device(device, artifact.manifest.target, os.fspath(path))
-    _check_host(artifact, chosen)
-    count = 1 if threads is None and chosen.kind == "cuda" else thread_count(threads)
-    folder = artifact.path.parent
-    tvm_ffi = load_runtime(folder)
+    folder = Path(os.path.realpath(path)).parent
+    # Checking a large file takes as long as loading TVM's runtime, and they do not hinder each other.
+    with ThreadPoolExecutor(1) as helper:
+        runtime = helper.submit(load_runtime, folder)
+        artifact = read_artifact(path)
+        chosen = choose_device(device, artifact.manifest.target, os.fspath(path))
+        _check_host(artifact, chosen)
+        count = 1 if threads is None and chosen.kind == "cuda" else thread_count(threads)
+        tvm_ffi = runtime.result()
     if chosen.kind == "cuda":
         load_cuda_runtime(folder)
     return Module(artifact, tvm_ffi, chosen, count)
@@ -244,9 +248,7 @@ class Module:
                 raise failure from error
             problem = f"cannot be loaded by TVM's runtime ({_first_line(error)})"
             raise ArtifactError(str(self._artifact.path), problem, self._versions()) from error
-        info = self.manifest.weights
-        arrays = read_weights(self._artifact.path.parent, info) if info.file is not None else ()
-        return machine, main, self._upload(arrays)
+        return machine, main, self._upload(artifact_weights(self._artifact))
 
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
         tensors = self._tensors(arrays)

@@ -1,4 +1,8 @@
-"""Read the weights that lie beside an artifact: a safetensors file, with numpy alone.
+"""Map the weights that lie in an artifact, or in a file beside it: safetensors, with numpy alone.
+
+Nothing is copied: where the weights are aligned, which those written by this package are, the model computes with the
+pages of the file that the system holds in memory. So the files must not be written to while a module is loaded (a
+new build does not, it puts another file in their place), as is true of every shared library.
 
 The format: eight bytes, the header's length, little endian; the header, a JSON object of name to dtype, shape and byte
 range; the data (https://huggingface.co/docs/safetensors).
@@ -6,21 +10,22 @@ range; the data (https://huggingface.co/docs/safetensors).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError
+from tvm_ternary.runtime.artifact import Artifact, file_digest, weights_offset
 from tvm_ternary.runtime.manifest import WeightsInfo
 
 LENGTH = struct.Struct("<Q")
-_CHUNK = 1 << 24
+# Numpy exports no array that is read-only. What would be written to one of this mode does not reach the file.
+_COPY_ON_WRITE: Final = "c"
 DTYPES = {
     "BOOL": "?",
     "I8": "<i1",
@@ -37,6 +42,24 @@ DTYPES = {
 }
 
 
+def artifact_weights(artifact: Artifact) -> tuple[npt.NDArray[Any], ...]:
+    """Map the parameters of ``main`` behind the inputs, wherever they lie; as `read_weights` does.
+
+    Raises
+    ------
+    ArtifactError
+        If they lie beside and `read_weights` refuses them, or the artifact lacks a tensor.
+    """
+    info = artifact.manifest.weights
+    if info.file is not None:
+        return read_weights(artifact.path.parent, info)
+    if not info.names:
+        return ()
+    start = weights_offset(artifact.elf_bytes)
+    data = np.memmap(artifact.path, np.uint8, _COPY_ON_WRITE, start, artifact.weights_bytes)
+    return _tensors(data, info.names, str(artifact.path))
+
+
 def read_weights(folder: Path, info: WeightsInfo) -> tuple[npt.NDArray[Any], ...]:
     """Map the tensors that a manifest names, after checking the file against its SHA-256.
 
@@ -50,7 +73,7 @@ def read_weights(folder: Path, info: WeightsInfo) -> tuple[npt.NDArray[Any], ...
     Returns
     -------
     tuple of arrays
-        In the order of ``info.names``; read-only views of the mapped file, aligned only as the file has them.
+        In the order of ``info.names``; views of the mapped file, aligned only as the file has them.
 
     Raises
     ------
@@ -60,11 +83,11 @@ def read_weights(folder: Path, info: WeightsInfo) -> tuple[npt.NDArray[Any], ...
     assert info.file is not None
     path = folder / info.file
     try:
-        digest = _digest(path)
+        digest = file_digest(path).hexdigest()
         if digest != info.sha256:
             problem = f"has SHA-256 {digest[:12]}…; the artifact was compiled with {info.sha256[:12]}…"
             raise ArtifactError(str(path), problem, "copy the .so and its weights together, or compile again")
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(path, np.uint8, _COPY_ON_WRITE)
     except FileNotFoundError as error:
         raise ArtifactError(
             str(path), "no such file, but the artifact's weights lie there", "copy it next to the .so"
@@ -74,14 +97,6 @@ def read_weights(folder: Path, info: WeightsInfo) -> tuple[npt.NDArray[Any], ...
             str(path), f"cannot be read ({error.strerror or error})", "check its permissions"
         ) from error
     return _tensors(data, info.names, str(path))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_header(data: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], int]:

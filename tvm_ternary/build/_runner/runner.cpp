@@ -72,13 +72,21 @@ static std::string ReadFile(const std::string& path, uint64_t last = UINT64_MAX)
   return content;
 }
 
-// An artifact ends with 64 bytes: "TVMTERN1", the sizes of its ELF part and of the manifest, zero, a SHA-256.
+// An artifact ends with 64 bytes: "TVMTERN1", the sizes of its ELF part, of the manifest and of the weights, a SHA-256.
+struct Footer {
+  uint64_t elf, manifest, weights;
+};
+static Footer ReadFooter(const std::string& path) {
+  const std::string bytes = ReadFile(path, 64);
+  if (bytes.compare(0, 8, "TVMTERN1") != 0) Fail(path + ": is no library made by tvm-ternary, or cut short");
+  Footer footer;
+  std::memcpy(&footer, bytes.data() + 8, sizeof(footer));
+  return footer;
+}
+
 static json::Value ReadManifest(const std::string& path) {
-  const std::string footer = ReadFile(path, 64);
-  uint64_t size = 0;
-  if (footer.compare(0, 8, "TVMTERN1") != 0) Fail(path + ": is no library made by tvm-ternary, or cut short");
-  std::memcpy(&size, footer.data() + 16, sizeof(size));
-  return json::Parse(ffi::String(ReadFile(path, size + footer.size()).substr(0, size)));
+  const uint64_t size = ReadFooter(path).manifest;
+  return json::Parse(ffi::String(ReadFile(path, size + 64).substr(0, size)));
 }
 
 // A type's names: numpy's, that in .npy files, that in safetensors files; for floats, how many bits the mantissa has.
@@ -181,22 +189,26 @@ static Array Download(const ffi::Tensor& tensor, const std::string& dtype) {
   return array;
 }
 
-// The weights that lie beside: safetensors, that is the header's length, the header (JSON), the data.
+// The weights that lie in the artifact, on a multiple of 64 bytes behind the ELF part, or beside it: safetensors, that is
+// the header's length, the header (JSON), the data.
 static void UploadWeights(const json::Value& manifest, const std::string& model, DLDevice device,
                           std::vector<ffi::Any>* arguments) {
   const json::Value weights = Member(manifest, "weights");
-  if (Member(weights, "file") == nullptr) return;
-  const std::string path = (std::filesystem::path(model).parent_path() / Text(weights, "file")).string();
+  if (List(weights, "names").empty()) return;
+  const bool inside = Member(weights, "file") == nullptr;
+  const std::string path =
+      inside ? model : (std::filesystem::path(model).parent_path() / Text(weights, "file")).string();
   const std::string file = ReadFile(path);
+  const uint64_t start = inside ? (ReadFooter(model).elf + 63) / 64 * 64 : 0;
   uint64_t length = 0;
-  if (file.size() >= sizeof(length)) std::memcpy(&length, file.data(), sizeof(length));
-  if (length == 0 || length > file.size() - sizeof(length)) Fail(path + ": is cut short");
-  const json::Value header = json::Parse(ffi::String(file.substr(sizeof(length), length)));
+  if (file.size() >= start + sizeof(length)) std::memcpy(&length, file.data() + start, sizeof(length));
+  if (length == 0 || length > file.size() - start - sizeof(length)) Fail(path + ": is cut short");
+  const json::Value header = json::Parse(ffi::String(file.substr(start + sizeof(length), length)));
   for (const json::Value& name : List(weights, "names")) {
     const json::Value entry = header.cast<json::Object>().at(name);
     Array array{FindType(Text(entry, "dtype")).name, {}, {}};
     for (const json::Value& size : List(entry, "shape")) array.shape.push_back(size.cast<int64_t>());
-    const uint64_t begin = sizeof(length) + length + List(entry, "data_offsets")[0].cast<uint64_t>();
+    const uint64_t begin = start + sizeof(length) + length + List(entry, "data_offsets")[0].cast<uint64_t>();
     const uint64_t bytes = static_cast<uint64_t>(Elements(array.shape) * ItemBytes(array.dtype));
     if (begin + bytes > file.size()) Fail(path + ": is cut short");
     array.data.assign(file.data() + begin, file.data() + begin + bytes);
