@@ -128,6 +128,22 @@ def test_results_go_through_what_follows(tier: str) -> None:
     np.testing.assert_allclose(compiled(x, residual), image / (1 + np.exp(-gate)), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("channels", [24, 40])
+def test_a_gate_of_ragged_channels_behind_a_bias(tier: str, channels: int) -> None:
+    """No element of the gate is computed twice, not even where TVM lets it lie in the memory of the sums."""
+    weight, bias = normal(2, 1, 1, channels, channels), normal(3, channels)
+
+    def build(emit: Any, x: Any, image: Any) -> Any:
+        sums = emit(op.nn.conv2d(x, relax.const(weight), 1, 0, data_layout="NHWC", kernel_layout="HWIO"))
+        gate = emit(op.clip(emit(op.add(sums, relax.const(bias))), 0.0, 1.0))
+        return emit(op.add(image, emit(op.multiply(image, gate))))
+
+    compiled = compile_graph(tier, build, tensor(("batch", 1, 1, channels)), tensor(("batch", 3, 5, channels)))
+    x, image = normal(4, 2, 1, 1, channels), normal(5, 2, 3, 5, channels)
+    gate = np.clip(x.astype(np.float64) @ weight[0, 0] + bias, 0, 1)
+    np.testing.assert_allclose(compiled(x, image), image + image * gate, rtol=1e-5, atol=2e-5)
+
+
 def exact_of(x: Array, weight: Array) -> Array:
     view = np.lib.stride_tricks.sliding_window_view(
         np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)

@@ -53,7 +53,9 @@ def schedule_columns(program: Program, simd: Simd) -> PrimFunc | None:
     write = read_writer(rest[0], rest[1:])
     if write is None:
         return None
-    body = sequence([map_stage(stage, simd) for stage in before], _Tiles(rest[0], fold, write, simd).nest())
+    body = sequence(
+        [map_stage(stage, simd, program.temporaries) for stage in before], _Tiles(rest[0], fold, write, simd).nest()
+    )
     return program.with_nest(body, program.written_by(before))
 
 

@@ -40,15 +40,21 @@ def schedule_convolution(program: Program, simd: Simd) -> PrimFunc | None:
     stages = program.stages[len(before) :]
     if not stages:
         return None
-    found = read_convolution(before, stages)
-    if found is not None:
-        return program.with_nest(ConvKernel(found, simd).nest())
-    # What follows has another shape, as the gate of a pixel is spread over an image: it reads the sums from memory.
-    found = read_convolution(before, stages[:1])
-    if found is None or not all(stage.is_map for stage in stages[1:]):
-        return None
-    rest = [map_stage(stage, simd) for stage in stages[1:]]
-    return program.with_nest(sequence(ConvKernel(found, simd).nest(), rest), program.written_by(stages))
+    # What follows may have another shape, as the gate of a pixel is spread over an image: it reads the results from
+    # memory. A map of the same shape goes with the sums.
+    for count in dict.fromkeys((len(stages), min(len(stages), 2), 1)):
+        found, rest = read_convolution(before, stages[:count]), stages[count:]
+        if found is not None and all(stage.is_map for stage in rest):
+            maps = [map_stage(stage, simd, program.temporaries) for stage in rest]
+            return program.with_nest(
+                sequence(ConvKernel(found, simd).nest(), maps), _kept(program, stages[count - 1 :])
+            )
+    return None
+
+
+def _kept(program: Program, stages: Sequence[Stage]) -> list[Var]:
+    """The temporaries between a convolution, the first of these, and what follows."""
+    return program.written_by(stages) if len(stages) > 1 else []
 
 
 def read_convolution(before: Sequence[Stage], stages: Sequence[Stage]) -> Convolution | None:

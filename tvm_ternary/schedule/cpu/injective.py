@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.ir import Expr
 from tvm.sym import Analyzer
 from tvm.tirx import PrimFunc, Stmt, Var
@@ -27,11 +29,11 @@ def schedule_injective(program: Program, simd: Simd) -> PrimFunc | None:
     """
     if not all(stage.is_map for stage in program.stages):
         return None
-    body = sequence([map_stage(stage, simd) for stage in program.stages])
+    body = sequence([map_stage(stage, simd, program.temporaries) for stage in program.stages])
     return program.with_nest(body, program.temporaries)
 
 
-def map_stage(stage: Stage, simd: Simd) -> Stmt:
+def map_stage(stage: Stage, simd: Simd, temporaries: Sequence[Var]) -> Stmt:
     """The loop nest of one map.
 
     Parameters
@@ -39,6 +41,9 @@ def map_stage(stage: Stage, simd: Simd) -> Stmt:
     stage : Stage
         With `is_map`.
     simd : Simd
+    temporaries : sequence of Var
+        Buffers of the function's own. TVM may give two of them the same memory, where a map reads one and writes the
+        other element by element; then no element may be done twice.
 
     Returns
     -------
@@ -49,20 +54,37 @@ def map_stage(stage: Stage, simd: Simd) -> Stmt:
     row = stage.axes[outer:]
     extents = [axis.extent for axis in row]
     cuts = find_cuts(stage, row[0]) if len(row) == 1 else []
+    overlap = not (_is_among(stage.body.buffer, temporaries) and _reads(stage, temporaries))
 
     def one_row(indices: list[Expr]) -> Stmt:
         leading = {axis.var: i for axis, i in zip(stage.axes, indices, strict=False)}
         ends = [*cuts, product(extents)]
         parts = [
-            _part(stage, row, leading, low, high, lanes) for low, high in zip([index(0), *cuts], ends, strict=True)
+            _part(stage, row, leading, low, high, lanes, overlap=overlap)
+            for low, high in zip([index(0), *cuts], ends, strict=True)
         ]
         return sequence(*parts)
 
     return space([axis.extent for axis in stage.axes[:outer]], product([*extents, cost(stage.body)]), one_row)
 
 
+def _is_among(buffer: Var, temporaries: Sequence[Var]) -> bool:
+    return any(buffer.same_as(other) for other in temporaries)
+
+
+def _reads(stage: Stage, temporaries: Sequence[Var]) -> bool:
+    return any(_is_among(load.source, temporaries) for load in loads(stage.body))
+
+
 def _part(
-    stage: Stage, row: tuple[Axis, ...], leading: dict[Var, Expr], low: Expr, high: Expr, lanes: int
+    stage: Stage,
+    row: tuple[Axis, ...],
+    leading: dict[Var, Expr],
+    low: Expr,
+    high: Expr,
+    lanes: int,
+    *,
+    overlap: bool,
 ) -> list[Stmt]:
     """The elements of a row from `low` up to `high`."""
     known = settle(stage, row[0], low, high) if len(row) == 1 else stage
@@ -76,7 +98,7 @@ def _part(
 
         return vector(width, element)
 
-    return strips(length, lanes, strip)
+    return strips(length, lanes, strip, overlap=overlap)
 
 
 def _lanes(stage: Stage, simd: Simd) -> int:

@@ -91,11 +91,13 @@ def fit_lanes(extent: int | Expr, lanes: int) -> int:
     return lanes
 
 
-def strips(extent: int | Expr, lanes: int, body: Callable[[Expr, int, Expr | None], Stmt]) -> list[Stmt]:
+def strips(
+    extent: int | Expr, lanes: int, body: Callable[[Expr, int, Expr | None], Stmt], *, overlap: bool = True
+) -> list[Stmt]:
     """Cover a range with vectors, the ragged end included.
 
     The end is done by one more vector that ends exactly at `extent` and so overlaps the one before it. Only a range
-    shorter than one vector is walked one by one.
+    shorter than one vector is walked one by one, or the end where it must not overlap.
 
     Parameters
     ----------
@@ -104,6 +106,8 @@ def strips(extent: int | Expr, lanes: int, body: Callable[[Expr, int, Expr | Non
     body : callable (base, width, stale) -> Stmt
         Writes the code for elements ``base .. base + width``. `stale` is None, or how many of the first of them another
         call has done already: a body that must not do them twice has to mask them.
+    overlap : bool
+        Whether any element may be done twice at all.
 
     Returns
     -------
@@ -114,11 +118,15 @@ def strips(extent: int | Expr, lanes: int, body: Callable[[Expr, int, Expr | Non
         lanes = fit_lanes(known, lanes)
         main = loop(known // lanes, lambda i: body(i * lanes, lanes, None), name="strip")
         rest = known % lanes
+        if rest and not overlap:
+            return [main, loop(rest, lambda i: body(known - rest + i, 1, None), name="rest")]
         return [main] if rest == 0 else [main, body(index(known - lanes), lanes, index(lanes - rest))]
     rest = tirx.floormod(extent, lanes)
     main = loop(tirx.floordiv(extent, lanes), lambda i: body(i * lanes, lanes, None), name="strip")
     if lanes == 1:
         return [main]
+    if not overlap:
+        return [main, loop(rest, lambda i: body(extent - rest + i, 1, None), name="rest")]
     overlapped = body(extent - lanes, lanes, index(lanes) - rest)
     short = loop(extent, lambda i: body(i, 1, None), name="short")
     return [main, IfThenElse(rest > 0, IfThenElse(extent >= lanes, overlapped, short), None)]
