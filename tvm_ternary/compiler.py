@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tvm_ternary.build.artifact import build_artifact
 from tvm_ternary.build.describe import constant_bytes, describe, describe_cuda, describe_kernels
 from tvm_ternary.build.executable import build_executable, cuda_source
+from tvm_ternary.build.heap import return_freed_memory
 from tvm_ternary.build.lift_constants import lift_constants
 from tvm_ternary.build.nvcc import compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import weights_lie_beside
@@ -116,7 +117,8 @@ def compile(
         How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`; by default ``twn``. Where the model is
         quantized first, the method of `Recipe`.
     dims : mapping, optional
-        Values of symbolic dimensions, or the name of another one that a dimension equals; the others stay dynamic.
+        Values of symbolic dimensions, or what one is equal to: another, or arithmetic such as ``32*rows``, a multiple of
+        32, where ``rows`` may be a new name. The others stay dynamic.
     constants : mapping, optional
         Values of inputs that become constants (a sampling rate, a flag).
     packing : str
@@ -208,8 +210,9 @@ def compile(
             lowered = lower(changed, quantized, resolved, bind_weights=not beside, logs=logs, dump=dump)
             manifest = describe(imported, source, plan, quantized, errors, tables, lowered, resolved, named)
             module, params = (lowered.module, lowered.ternary.params) if beside else lift_constants(lowered.module)
-        # The module has its own copies of the weights, and linking needs room for more.
+        # The module has its own copies of the weights.
         del imported, quantized, tables, changed, lowered
+        return_freed_memory()
     graph = resolved.kind == "cuda" and is_static(module)
     with stages.stage("build"):
         executable = build_executable(module, resolved.tvm, cuda_graph=graph)
