@@ -1,4 +1,4 @@
-"""Who computes a variable of a function, and who reads it."""
+"""Who computes a variable of a function, and who reads it; and the module around a function that was rewritten."""
 
 from __future__ import annotations
 
@@ -66,3 +66,10 @@ def dims_of(expr: relax.Expr) -> list[Any] | None:
     """The dimensions of a tensor, None where they are not known."""
     shape = getattr(expr.ty, "shape", None)
     return list(shape.values) if isinstance(shape, relax.ShapeExpr) else None
+
+
+def with_main(builder: relax.BlockBuilder, main: relax.Function) -> tvm.IRModule:
+    """The module of a builder, with what was added to it, and another ``main``: it still holds the one it was given."""
+    module = builder.get().clone()
+    module[module.get_global_var("main")] = main
+    return module

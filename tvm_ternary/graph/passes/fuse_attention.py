@@ -30,7 +30,7 @@ from tvm import relax
 from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
-from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of
+from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
 from tvm_ternary.kernels.attention import AXES, Attention
 
 Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
@@ -311,11 +311,7 @@ class _Rewriter(relax.PyExprMutator):
         self.functions: dict[Any, tvm.ir.GlobalVar] = {}
 
     def run(self) -> tvm.IRModule:
-        main = self.visit_expr(self.main)
-        # The builder still holds the module that it was given.
-        result = self.builder_.get().clone()
-        result[result.get_global_var("main")] = main
-        return result
+        return with_main(self.builder_, self.visit_expr(self.main))
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         match = self.found.get(binding.var)

@@ -11,7 +11,7 @@ import math
 import tvm
 from tvm import relax, topi
 
-from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of
+from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
 from tvm_ternary.runtime.manifest import SMALL_OUTPUT
 
 # What gives its argument back, or a view of it.
@@ -59,11 +59,7 @@ class _Copier(relax.PyExprMutator):
         self.main, self.result, self.kept = module["main"], result, kept
 
     def run(self) -> tvm.IRModule:
-        main = self.visit_expr(self.main)
-        # The builder still holds the module that it was given.
-        result = self.builder_.get().clone()
-        result[result.get_global_var("main")] = main
-        return result
+        return with_main(self.builder_, self.visit_expr(self.main))
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         if binding.var != self.result:

@@ -14,6 +14,7 @@ import tvm
 from tvm import relax, te, tirx
 from tvm.ir import Expr, Op
 
+from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.quantize.tables import quantize_rows, row_bits, rows_error
 
 TAKE = Op.get("relax.take")
@@ -121,11 +122,7 @@ class _Rewriter(relax.PyExprMutator):
         self.module, self.pairs = module, pairs
 
     def run(self) -> tvm.IRModule:
-        main = self.visit_expr(self.module["main"])
-        # The builder still holds the module that it was given.
-        result = self.builder_.get().clone()
-        result[result.get_global_var("main")] = main
-        return result
+        return with_main(self.builder_, self.visit_expr(self.module["main"]))
 
     def visit_call_(self, op: relax.Call) -> relax.Expr:
         call = super().visit_call_(op)

@@ -17,7 +17,7 @@ from tvm.ir import Op
 from tvm_ternary.errors import LayoutError
 from tvm_ternary.formats.hadamard import hadamard_matrix
 from tvm_ternary.formats.transform import InputTransform
-from tvm_ternary.graph.passes.dataflow import Dataflow
+from tvm_ternary.graph.passes.dataflow import Dataflow, with_main
 from tvm_ternary.kernels.hadamard import hadamard_rows
 from tvm_ternary.target import Target
 
@@ -145,11 +145,7 @@ class _Rewriter(relax.PyExprMutator):
         self.functions: dict[tuple[int, int], tvm.ir.GlobalVar] = {}
 
     def run(self) -> tvm.IRModule:
-        main = self.visit_expr(self.main)
-        # The builder still holds the module that it was given.
-        result = self.builder_.get().clone()
-        result[result.get_global_var("main")] = main
-        return result
+        return with_main(self.builder_, self.visit_expr(self.main))
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         scale = self.folding.constants.get(binding.var)
