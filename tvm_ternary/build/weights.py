@@ -18,8 +18,8 @@ from tvm_ternary.runtime.arrays import ALIGNMENT
 from tvm_ternary.runtime.manifest import FORMAT, WeightsInfo
 from tvm_ternary.runtime.weights import DTYPES, LENGTH, read_header
 
-# From this size on, weights lie beside: code reaches its constants by offsets of 31 bits, and every build handles
-# them whole.
+# From this size on, weights lie beside: those inside are all in memory at once while a model is compiled, those beside
+# are read one by one.
 BESIDE_BYTES = 1 << 30
 PLACES = ("auto", "inside", "beside")
 
@@ -28,7 +28,7 @@ _NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 
 
 def describe_weights(weights: Mapping[str, npt.NDArray[Any]]) -> WeightsInfo:
-    """Describe weights that become constants of the library.
+    """Describe weights that lie inside the artifact.
 
     The checksum is SHA-256 over, for each in order, its name, dtype and shape as text and its bytes in C order.
     """
