@@ -117,8 +117,8 @@ def compile(
         How one plane is fitted, a key of `tvm_ternary.quantize.METHODS`; by default ``twn``. Where the model is
         quantized first, the method of `Recipe`.
     dims : mapping, optional
-        Values of symbolic dimensions, or what one is equal to: another, or arithmetic such as ``32*rows``, a multiple of
-        32, where ``rows`` may be a new name. The others stay dynamic.
+        Values of symbolic dimensions, or what one is equal to: another, or arithmetic such as ``32*rows``, a multiple
+        of 32, where ``rows`` may be a new name. The others stay dynamic.
     constants : mapping, optional
         Values of inputs that become constants (a sampling rate, a flag).
     packing : str

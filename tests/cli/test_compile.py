@@ -130,6 +130,8 @@ def test_help_names_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dim", "depth=2"], ["depth", "no such symbolic dimension", "batch"]),
         (["--dim", "batch=0"], ["batch", "got 0", "at least 1"]),
         (["--dim", "batch=two"], ["dimension two", "no such symbolic dimension", "batch"]),
+        (["--dim", "batch=rows/2"], ["dimension batch", "got 'rows/2'", "32*rows"]),
+        (["--dim", "batch=99999999999*rows"], ["dimension batch", "expected numbers up to 2147483647"]),
         (["--dim", "batch=-2"], ["--dim", "batch is '-2'", "whole number"]),
         (["--dim", "batch"], ["--dim", "'batch'", "NAME=VALUE"]),
         (["--dim", "batch=1", "--dim", "batch=2"], ["--dim", "'batch' is given twice"]),

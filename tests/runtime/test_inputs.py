@@ -130,6 +130,43 @@ def test_a_named_dimension_is_at_least_one_and_within_its_bound() -> None:
     assert random_inputs([spec], bounds={"length": 8})["x"].shape == (1, 8)
 
 
+IMAGE = TensorSpec("image", "float32", ("batch", 3, "rows * 32", "columns * 16 + 8"))
+
+
+def test_a_dimension_that_is_a_multiple() -> None:
+    assert random_inputs([IMAGE])["image"].shape == (1, 3, 32, 40)
+    assert random_inputs([IMAGE], {"rows": 3, "columns": 1})["image"].shape == (1, 3, 96, 24)
+    assert random_inputs([IMAGE], bounds={"columns": 1})["image"].shape == (1, 3, 32, 24)
+    check_inputs([IMAGE], random_inputs([IMAGE], {"rows": 7}), {"rows": 7, "columns": 2})
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (95, 40, "a dimension of 95; expected rows * 32 with a whole number rows from 1 to 3; resize or pad it, to 64"),
+        (16, 40, "a dimension of 16; expected rows * 32 with a whole number rows from 1 to 3; resize or pad it, to 32"),
+        (
+            128,
+            40,
+            "a dimension of 128; expected rows * 32 with a whole number rows from 1 to 3; resize or pad it, to 96",
+        ),
+        (32, 8, "a dimension of 8; expected columns * 16 + 8 with a whole number columns at least 1; resize or pad it"),
+        (0, 40, "rows * 32=0; expected at least 1"),
+    ],
+)
+def test_what_is_no_multiple(height: int, width: int, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_inputs([IMAGE], {"image": np.zeros((1, 3, height, width), np.float32)}, {"rows": 3})
+    assert str(caught.value).startswith(f"input 'image': has {message}")
+
+
+def test_multiples_of_one_dimension_agree() -> None:
+    specs = [TensorSpec("a", "int64", ("rows * 2",)), TensorSpec("b", "int64", ("rows * 3 + past", "past"))]
+    check_inputs(specs, {"a": np.ones(4, np.int64), "b": np.ones((7, 1), np.int64)})
+    with pytest.raises(InputError, match=r"input 'b': has rows \* 3 \+ past=8; expected 7"):
+        check_inputs(specs, {"a": np.ones(4, np.int64), "b": np.ones((8, 1), np.int64)})
+
+
 def test_a_dimension_that_is_a_sum_of_others() -> None:
     ids, mask = TensorSpec("ids", "int64", ("batch", "length")), TensorSpec("mask", "int64", ("batch", "past + length"))
     state = TensorSpec("state", "float32", ("batch", "past", 4))

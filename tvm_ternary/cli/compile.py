@@ -40,6 +40,7 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --tuning-log my-tuning
   tvm-ternary compile checkpoint/ -o model.so --scheme t2a8g64 --calibration texts.txt
   tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
+  tvm-ternary compile detector.onnx -o detector.so --dim 'height=32*rows' --dim 'width=32*columns'
 """
 
 
@@ -69,7 +70,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="fix a symbolic dimension, or say which other one it equals; may be repeated",
+        help="fix a symbolic dimension, or say what it is: another one, or arithmetic (height=32*rows: a multiple of "
+        "32; rows is a new name); may be repeated",
     )
     parser.add_argument(
         "--constant",

@@ -65,7 +65,7 @@ def whole_number(option: str, name: str, text: str) -> int:
 
 
 def size_or_name(option: str, name: str, text: str) -> int | str:
-    """Read what a dimension is to be: a whole number, or else the name of the dimension it equals."""
+    """Read what a dimension is to be: a whole number, or else the name of another one, or arithmetic."""
     return whole_number(option, name, text) if re.fullmatch(r"[+-]?[0-9.]+", text) else text
 
 

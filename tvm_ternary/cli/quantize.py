@@ -61,7 +61,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("-o", "--output", metavar="OUT", help="the folder to write; whole or not at all")
     add_quantization(parser)
     parser.add_argument(
-        "--dim", metavar="NAME=VALUE", action="append", default=[], help="fix a symbolic dimension; may be repeated"
+        "--dim",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="fix a symbolic dimension, or say what it is, as for 'compile'; may be repeated",
     )
     parser.add_argument(
         "--constant",

@@ -56,7 +56,7 @@ class Batches:
         for batch in _batches(model, _checked(model, samples)):
             self._live.append(dict(zip(segments.inputs, to_tensors(batch, list(batch)), strict=True)))
             shapes = [array.shape for array in batch.values()]
-            self._dimensions.append([shapes[number][axis] for number, axis in segments.dimensions])
+            self._dimensions.append([place.size(shapes[place.input][place.axis]) for place in segments.dimensions])
 
     def rows(self, segment: Segment) -> Iterator[Floats]:
         """What the segment's matrices multiply, (M, K) of each batch; views, to be read before `advance`."""

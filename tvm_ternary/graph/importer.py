@@ -16,7 +16,7 @@ from tvm_ternary.errors import ModelError
 from tvm_ternary.formats import TernaryTensor
 from tvm_ternary.graph.onnx.bind import bind_constants
 from tvm_ternary.graph.onnx.data import is_mapped, release
-from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension
+from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension, linear_dimension
 from tvm_ternary.graph.onnx.dimensions import fix_dimensions, name_dimensions, real_inputs, symbolic_dimensions
 from tvm_ternary.graph.onnx.emitter import Emitter, MatrixUse
 from tvm_ternary.graph.onnx.functions import expand_operators, inline_functions
@@ -113,7 +113,8 @@ def import_onnx(
     source : str, Path or onnx.ModelProto
         The model.
     dims : Mapping[str, int | str], optional
-        Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
+        Values for symbolic dimensions, or what one is equal to: another, or arithmetic (``32*rows``); the others stay
+        symbolic.
     constants : Mapping[str, Any], optional
         Values for inputs that are to become constants.
     uses, ternary : mappings, optional
@@ -221,12 +222,18 @@ def _translate(
 
 
 def _inputs(model: onnx.ModelProto, algebra: Algebra) -> dict[str, relax.Var]:
-    """The inputs as variables that share one variable for every symbolic dimension."""
+    """The inputs as variables that share one variable for every symbolic dimension.
+
+    A multiple, ``32*rows``, may be of a dimension that no input has; passes find its value (`define_dimensions`).
+    """
     names = symbolic_dimensions(model)
     symbols: dict[str, Any] = {}
     for name in names:
         if evaluate_dimension(name, dict.fromkeys((other for other in names if other != name), 1)) is None:
-            symbols[name] = algebra.dimension(name)
+            formula = linear_dimension(name)
+            symbol = formula.multiple[0] if formula is not None and formula.multiple is not None else name
+            if symbol not in symbols:
+                symbols[symbol] = algebra.dimension(symbol)
     for name in names:
         symbols[name] = algebra.simplify(evaluate_dimension(name, symbols))
     return {value.name: _input(value, symbols) for value in real_inputs(model.graph)}

@@ -1,8 +1,8 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   tables become parameters as matrices are, the steps of an unrolled loop are multiplied at once, attention
-              becomes one call (on a CPU), inputs are transformed for matrices that want it, planned matrices become
-              calls to ternary kernels
+1 ternarize   dimensions that inputs are multiples of are computed, tables become parameters as matrices are, the steps
+              of an unrolled loop are multiplied at once, attention becomes one call (on a CPU), inputs are transformed
+              for matrices that want it, planned matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
               merged; on a GPU moves too
@@ -25,6 +25,7 @@ from tvm_ternary.graph.call_layers import call_layers
 from tvm_ternary.graph.fuse import SCHEDULED, lower_graph_ops
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.channels_last import channels_last
+from tvm_ternary.graph.passes.define_dimensions import define_dimensions
 from tvm_ternary.graph.passes.fuse_attention import fuse_attention
 from tvm_ternary.graph.passes.join_steps import join_steps
 from tvm_ternary.graph.passes.lift_tables import lift_tables
@@ -82,11 +83,13 @@ def lower(
     dump : callable
         Called with a phase's name and its result.
     """
-    module, params = lift_tables(model.module, model.params, model.tables)
+    module, params = lift_tables(define_dimensions(model.module), model.params, model.tables)
     module = join_steps(module)
     if target.kind != "cuda":
         module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
-    attentions = dict.fromkeys((name for name, _ in _functions(module)), "rule:attention")
+    # Recurrences, which importers make, get their schedule with the rest.
+    made = (name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False))
+    attentions = dict.fromkeys(made, "rule:attention")
     transforms = {name: t for name, layer in layers.items() if (t := layer.weight.transform) is not None}
     module = transform_inputs(module, transforms, target)
     rotations = [name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False)]

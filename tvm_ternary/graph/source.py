@@ -33,7 +33,8 @@ def import_model(
         An ``.onnx`` file, a checkpoint folder (``config.json`` and safetensors), a folder that ``tvm-ternary quantize``
         has written, or a ``.gguf`` file.
     dims : mapping, optional
-        Values for symbolic dimensions, or the name of the dimension that one is equal to; the others stay symbolic.
+        Values for symbolic dimensions, or what one is equal to: another, or arithmetic (``32*rows``); the others stay
+        symbolic.
     constants : mapping, optional
         Values for inputs that are to become constants.
     convolutions : callable, optional

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import InputError
+from tvm_ternary.runtime.linear import Linear, read_linear
 from tvm_ternary.runtime.manifest import TensorSpec
-from tvm_ternary.runtime.sums import sum_of
 
 
 def check_inputs(
@@ -32,7 +32,8 @@ def check_inputs(
     ------
     InputError
         If an input is missing or unknown, or has another dtype, rank or shape than declared, or two inputs give one
-        named dimension different numbers, or one that is out of bounds, or one that is not the sum it is declared as.
+        named dimension different numbers, or one that is out of bounds, or one that is not the sum or multiple that it
+        is declared as.
     """
     names = [spec.name for spec in specs]
     if not isinstance(inputs, Mapping):
@@ -53,20 +54,42 @@ def check_inputs(
         if got < 1 or (most is not None and got > most):
             wanted = "at least 1" if most is None else f"1 to {most}"
             raise InputError(f"input {source!r}", f"has {dim}={got}; expected {wanted}")
-    _check_sums(bound, bounds or {})
+    _check_formulas(bound, bounds or {})
     return arrays
 
 
-def _check_sums(bound: Mapping[str, tuple[int, str]], bounds: Mapping[str, int]) -> None:
+def _check_formulas(bound: Mapping[str, tuple[int, str]], bounds: Mapping[str, int]) -> None:
+    """Check the dimensions that are arithmetic over others, and find those that others are multiples of."""
     sizes = {dim: got for dim, (got, _) in bound.items()}
-    for dim, (got, source) in bound.items():
-        total = sum_of(dim, sizes)
-        if total is not None and got != total:
-            raise InputError(f"input {source!r}", f"has {dim}={got}; expected {total}")
+    formulas = {dim: formula for dim in bound if (formula := read_linear(dim)) is not None}
+    for dim, formula in formulas.items():
+        if formula.multiple is not None and formula.multiple[0] not in sizes:
+            sizes[formula.multiple[0]] = _solved(dim, formula, *bound[dim], bounds)
+    for dim, formula in formulas.items():
+        (got, source), expected = bound[dim], formula.value(sizes)
+        if expected is not None and got != expected:
+            raise InputError(f"input {source!r}", f"has {dim}={got}; expected {expected}")
     for dim, most in bounds.items():
-        total = sum_of(dim, sizes)
+        total = formula.value(sizes) if (formula := read_linear(dim)) is not None else None
         if total is not None and total > most:
             raise InputError("inputs", f"have {dim}={total}; expected at most {most}")
+
+
+def _solved(dim: str, formula: Linear, got: int, source: str, bounds: Mapping[str, int]) -> int:
+    """What the dimension is that ``dim`` is a multiple of."""
+    name, factor = formula.multiple or ("", 1)
+    most = bounds.get(name)
+    size = formula.solve(got)
+    if size is not None and (most is None or size <= most):
+        return size
+    below = min(max(1, (got - formula.offset) // factor), most or got)
+    near = [formula.offset + factor * n for n in (below, below + 1) if most is None or n <= most]
+    limit = "at least 1" if most is None else f"from 1 to {most}"
+    raise InputError(
+        f"input {source!r}",
+        f"has a dimension of {got}; expected {dim} with a whole number {name} {limit}",
+        f"resize or pad it, to {' or '.join(map(str, near))}" if near else None,
+    )
 
 
 def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:

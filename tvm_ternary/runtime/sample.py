@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import OptionError
+from tvm_ternary.runtime.linear import read_linear
 from tvm_ternary.runtime.manifest import TensorSpec
-from tvm_ternary.runtime.sums import sum_of, terms
 
 _LEADING_DIM = 1
 _OTHER_DIM = 32
@@ -34,7 +34,7 @@ def random_inputs(
     dims : mapping of str to int, optional
         Numbers for named dimensions. One that is not given is 1 if it leads the shape of some input (a batch) and 32
         otherwise (a length or size; 32 because image models halve theirs up to five times), or its bound if that is
-        less. One that is a sum of others is that sum.
+        less. One that is arithmetic over others (``past + length``, ``rows * 32``) is what they make it.
     seed : int
         The same seed gives the same inputs.
     bounds : mapping of str to int, optional
@@ -47,20 +47,25 @@ def random_inputs(
     """
     dims = dims or {}
     leading = {spec.shape[0] for spec in specs if spec.shape}
-    names = sorted({dim for spec in specs for dim in spec.shape if isinstance(dim, str)})
+    texts = {dim for spec in specs for dim in spec.shape if isinstance(dim, str)}
+    formulas = {text: formula for text in texts if (formula := read_linear(text)) is not None}
+    multiples = dict(found for formula in formulas.values() if (found := formula.multiple) is not None)
+    names = sorted(texts | multiples.keys())
     for name, value in dims.items():
         if name not in names:
             raise OptionError(f"dimension {name!r}", f"no such dimension; expected one of {', '.join(names) or 'none'}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"dimension {name!r}", f"is {value!r}; expected a whole number >= 0")
     usual = {name: _LEADING_DIM if name in leading else _OTHER_DIM for name in names}
+    usual |= {name: -(-_OTHER_DIM // factor) for name, factor in multiples.items() if name not in texts}
     limits = dict(bounds or {})
     for text, most in (bounds or {}).items():
-        for term in terms(text):
-            limits[term] = min(most // len(terms(text)), limits.get(term, most))
+        terms = formula.factors if (formula := read_linear(text)) is not None else {}
+        for term in terms:
+            limits[term] = min(most // len(terms), limits.get(term, most))
     sizes = {name: dims.get(name, min(usual[name], limits.get(name, usual[name]))) for name in names}
-    sums = {name: sum_of(name, sizes) for name in names if name not in dims}
-    sizes |= {name: total for name, total in sums.items() if total is not None}
+    totals = {text: formula.value(sizes) for text, formula in formulas.items() if text not in dims}
+    sizes |= {text: total for text, total in totals.items() if total is not None}
     generator = np.random.default_rng(seed)
     return {spec.name: _random(spec, sizes, generator) for spec in specs}
 

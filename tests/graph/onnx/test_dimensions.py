@@ -51,6 +51,19 @@ def test_fixing() -> None:
     assert shapes(fix_dimensions(proto, {})) == shapes(proto)
 
 
+def test_fixing_to_arithmetic() -> None:
+    proto = model(["batch", "height", "width"], ["2*height + 1", "past + now"], ["past", "now"])
+    assert shapes(fix_dimensions(proto, {"height": "32*rows", "past": "now"})) == [
+        ["batch", "32 * rows", "width"],
+        ["2 * (32 * rows) + 1", "now + now"],
+        ["now", "now"],
+    ]
+    assert shapes(fix_dimensions(proto, {"height": "width - 2*4", "width": 40}))[:2] == [
+        ["batch", 32, 40],
+        [65, "past + now"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("dims", "message"),
     [

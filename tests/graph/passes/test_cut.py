@@ -40,7 +40,7 @@ def test_segments_in_a_row_are_the_model(model: onnx.ModelProto) -> None:
     segments = cut(imported.module)
     arrays = [feeds[spec.name] for spec in imported.inputs]
     live = dict(zip(segments.inputs, map(tvm.runtime.tensor, arrays), strict=True))
-    dimensions = [arrays[number].shape[axis] for number, axis in segments.dimensions]
+    dimensions = [place.size(arrays[place.input].shape[place.axis]) for place in segments.dimensions]
     for segment in segments.segments:
         run(segment, dimensions, live, dict(imported.params))
     assert list(live) == [segments.result], "whatever is dead is gone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.graph.onnx.running import Compiled
 from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.models.checkpoint import import_checkpoint
+from tvm_ternary.graph.passes.define_dimensions import define_dimensions
 from tvm_ternary.graph.passes.fix_inputs import fix_inputs
 
 MASK = feeds(3)["attention_mask"]
@@ -84,6 +86,17 @@ def test_equal_to_one_that_is_fixed(model: ImportedModel, dims: Mapping[str, int
     assert shapes(fix_inputs(model, dims))["input_ids"] == (3, 3)
 
 
+def test_a_multiple(model: ImportedModel, expected: list[np.ndarray], given: dict[str, np.ndarray]) -> None:
+    fixed = fix_inputs(model, {"sequence": "3*parts"}, {"token_type_ids": 0})
+    assert shapes(fixed)["input_ids"] == ("batch", "parts * 3")
+    assert shapes(fixed)["last_hidden_state"] == ("batch", "parts * 3", 24)
+    assert fixed.bounds == {"parts": 5}, "16 positions"
+    run = Compiled(replace(fixed, module=define_dimensions(fixed.module)))
+    for ours, reference in zip(run(given), expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
+    assert shapes(fix_inputs(model, {"sequence": "3*parts"}, {"attention_mask": MASK}))["input_ids"] == (2, 3)
+
+
 def test_a_constant_fixes_what_is_equal_to_its_dimensions(model: ImportedModel) -> None:
     fixed = fix_inputs(model, {"batch": "sequence"}, {"attention_mask": np.ones((3, 3), np.int64)})
     assert shapes(fixed)["input_ids"] == (3, 3)
@@ -108,8 +121,20 @@ def test_nothing_to_do_is_the_same_model(model: ImportedModel) -> None:
             "dimension length: the model has no such symbolic dimension; it has batch, seq",
         ),
         ({"batch": "size"}, {}, OptionError, "dimension size: the model has no such"),
+        (
+            {"sequence": "32*parts"},
+            {},
+            OptionError,
+            "dimension sequence: is given as 32 \\* parts, expected at most 16",
+        ),
+        (
+            {"sequence": "2*parts"},
+            {"attention_mask": MASK},
+            InputError,
+            "its constant has 3 elements along sequence, expected 2 \\* parts",
+        ),
         ({"sequence": 17}, {}, OptionError, "dimension sequence: got 17, expected 1 to 16"),
-        ({"batch": 0}, {}, OptionError, "dimension batch: got 0, expected at least 1"),
+        ({"batch": 0}, {}, OptionError, "dimension batch: got 0, expected a size of at least 1"),
         ({}, {"mask": 0}, OptionError, "constant mask: the model has no such input; it has input_ids, attention_mask"),
         ({}, {"attention_mask": 0.5}, InputError, "attention_mask: got a constant 0.5, expected int64"),
         ({}, {"attention_mask": "x"}, InputError, "attention_mask: got a constant 'x', expected int64"),

@@ -10,6 +10,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tvm_ternary.runtime.linear import Linear
+
 # What Python says of a text that is no expression, or one with thousands of brackets.
 _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
@@ -55,8 +57,18 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
     raise ValueError("no arithmetic")
 
 
+def linear_dimension(text: str) -> Linear | None:
+    """Read ``32*rows + 4``; None where the text is a name alone or no sum of multiples."""
+    try:
+        names = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
+        value = evaluate_dimension(text.strip(), {name: Linear({name: 1}) for name in names - {text}})
+    except (*_UNREADABLE, TypeError):
+        return None
+    return value if isinstance(value, Linear) and value.factors else None
+
+
 def substitute_dimensions(text: str, values: Mapping[str, int | str]) -> str:
-    """Put numbers or other names in the place of names."""
+    """Put numbers, other names or arithmetic in the place of names."""
     if text in values:
         return str(values[text])
     try:
@@ -75,4 +87,7 @@ class _Substitution(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         value = self.values.get(node.id, node.id)
-        return ast.Constant(value) if isinstance(value, int) else ast.Name(value, node.ctx)
+        if isinstance(value, int):
+            return ast.Constant(value)
+        # Arithmetic is one factor; it is written as it stands, as a name is that Python would not take for one.
+        return ast.Name(value if linear_dimension(value) is None else f"({value})", node.ctx)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import onnx
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.onnx.dimension_text import evaluate_dimension, substitute_dimensions
+from tvm_ternary.graph.onnx.given_dimensions import resolve_dimensions
 
 
 def real_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
@@ -45,36 +46,31 @@ def symbolic_dimensions(model: onnx.ModelProto) -> list[str]:
 
 
 def fix_dimensions(model: onnx.ModelProto, dims: Mapping[str, int | str]) -> onnx.ModelProto:
-    """Give symbolic dimensions a value, or say that two are the same.
+    """Give symbolic dimensions a value, or say that they are equal to others or arithmetic over them.
 
     Parameters
     ----------
     model : onnx.ModelProto
         A model whose dimensions are all named.
     dims : Mapping[str, int | str]
-        By name, a value of at least 1, or the name of the symbolic dimension it is equal to.
+        By name, as `resolve_dimensions` takes it.
 
     Raises
     ------
     OptionError
-        If a name is no symbolic dimension of the model or a value is not positive.
+        If a name is no symbolic dimension of the model, or what is said of one makes no size of at least 1.
     """
     if not dims:
         return model
-    known = symbolic_dimensions(model)
-    for name in [*dims, *(size for size in dims.values() if isinstance(size, str))]:
-        if name not in known:
-            raise OptionError(f"dimension {name}", "the model has no such symbolic dimension", f"it has {_list(known)}")
-    for name, given in dims.items():
-        if isinstance(given, int) and given < 1:
-            raise OptionError(f"dimension {name}", f"got {given}, expected a size of at least 1")
+    resolved = resolve_dimensions(dims, symbolic_dimensions(model))
+    values = {name: given if isinstance(given, int) else str(given) for name, given in resolved.items()}
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for value in result.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if not dim.dim_param:
                 continue
-            text = substitute_dimensions(dim.dim_param, dims)
+            text = substitute_dimensions(dim.dim_param, values)
             size = evaluate_dimension(text, {})
             if size is None:
                 dim.dim_param = text
@@ -83,7 +79,3 @@ def fix_dimensions(model: onnx.ModelProto, dims: Mapping[str, int | str]) -> onn
             else:
                 dim.dim_value = size
     return result
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -148,7 +148,8 @@ class Walker:
             names = sorted({describe(dim) for shape in shapes for dim in shape if not isinstance(dim, int)})
             node.refuse(
                 f"input shapes {', '.join(describe(shape) for shape in shapes)} cannot be shown to agree",
-                f"fix {' and '.join(names)} with --dim NAME=VALUE, or say which are equal with --dim NAME=OTHER",
+                f"fix {' and '.join(names)} with --dim NAME=VALUE, or say which are equal with --dim NAME=OTHER, or "
+                "what sizes are multiples of, with --dim NAME=32*NEW",
             )
 
     def _lost(self, value: Value | None) -> bool:

@@ -65,7 +65,8 @@ def as_convolution(emit: Callable[[relax.Expr], relax.Expr], call: relax.Call, d
     placed = emit(R.permute_dims(split, [0, 1, 3, 2, 4, 5]))
     image = emit(R.reshape(placed, [batch, height * strides[0], width * strides[1], features]))
     wanted = call.ty.shape.values[2:]
-    return R.strided_slice(image, [1, 2], padding[:2], [padding[0] + wanted[0], padding[1] + wanted[1]])
+    ends = [padding[0] + wanted[0], padding[1] + wanted[1]]
+    return R.strided_slice(image, [1, 2], padding[:2], ends, assume_inbound=True)
 
 
 def phases(kernel: NDArray[Any], strides: list[int], taps: list[int]) -> NDArray[Any]:

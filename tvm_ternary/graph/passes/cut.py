@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 from tvm.relax import transform
 from tvm_ffi import structural_equal
+
+from tvm_ternary.graph.passes.define_dimensions import Place, find_places
 
 _PARTS = ("strided_slice", "split", "squeeze", "reshape")
 
@@ -64,14 +66,14 @@ class Segments:
         Values that live before the first: the model's inputs, in order.
     result : str
         The value that the function returned: a tuple.
-    dimensions : tuple of (int, int)
-        For each symbolic dimension, the number of an input and of its axis of that length.
+    dimensions : tuple of Place
+        For each symbolic dimension, the number of an input and of its axis that it is read off.
     """
 
     segments: tuple[Segment, ...]
     inputs: tuple[str, ...]
     result: str
-    dimensions: tuple[tuple[int, int], ...]
+    dimensions: tuple[Place, ...]
 
 
 def cut(module: tvm.IRModule) -> Segments:
@@ -106,7 +108,7 @@ class _Cutter:
         self.values = {binding.var: binding.value for binding in self.bindings}
         self.returned = main.body.body
         self.names = _unique([*self.inputs, *self.values])
-        self.dimensions = _dimensions(self.inputs)
+        self.dimensions = find_places(self.inputs)
         assert isinstance(self.returned, relax.Var), "the result of main is a variable"
 
     def run(self) -> Segments:
@@ -117,7 +119,7 @@ class _Cutter:
             tuple(self._segment(number, part, last) for number, part in enumerate(parts)),
             tuple(self.names[var] for var in self.inputs),
             self.names[self.returned],
-            tuple(place for _, place in self.dimensions),
+            tuple(self.dimensions.values()),
         )
 
     def _parts(self) -> list[_Part]:
@@ -167,7 +169,7 @@ class _Cutter:
         matrices = [var for var in read if var in self.matrices]
         inputs = [var for var in read if var not in self.matrices]
         outputs = [var for var in made if last.get(var, -1) > number]
-        shape = relax.Var("dimensions", relax.ShapeType([symbol for symbol, _ in self.dimensions]))
+        shape = relax.Var("dimensions", relax.ShapeType(list(self.dimensions)))
         module, constants = _Copier(self.functions).run(part.bindings, shape, [*inputs, *matrices], outputs)
         return Segment(
             module,
@@ -242,16 +244,6 @@ def _reshaped(value: relax.Expr) -> relax.Var | None:
     if before is None or after is None or not len(before.values) or not len(after.values):
         return None
     return value.args[0] if structural_equal(before.values[-1], after.values[-1]) else None
-
-
-def _dimensions(inputs: Sequence[relax.Var]) -> list[tuple[tirx.Var, tuple[int, int]]]:
-    """Each symbolic dimension and an axis that has it."""
-    places: dict[tirx.Var, tuple[int, int]] = {}
-    for number, var in enumerate(inputs):
-        for axis, dim in enumerate(var.ty.shape.values):
-            if isinstance(dim, tirx.Var):
-                places.setdefault(dim, (number, axis))
-    return list(places.items())
 
 
 def _unique(values: Sequence[relax.Var]) -> dict[relax.Var, str]:

@@ -19,27 +19,30 @@ from tvm.relax import op as R
 
 from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.graph.importer import ImportedModel, tensor_spec
+from tvm_ternary.graph.onnx.given_dimensions import resolve_dimensions
+from tvm_ternary.runtime.linear import Linear
 from tvm_ternary.runtime.manifest import TensorSpec
 
 
 def fix_inputs(
     model: ImportedModel, dims: Mapping[str, int | str] | None = None, constants: Mapping[str, Any] | None = None
 ) -> ImportedModel:
-    """Give symbolic dimensions a value, or say that two are the same, and make constants of inputs.
+    """Give symbolic dimensions a value, or say what they are equal to, and make constants of inputs.
 
     Parameters
     ----------
     model : ImportedModel
         Whose dimensions are numbers and names.
     dims : mapping of str to int or str, optional
-        By name, a value of at least 1 or the name of the dimension it is equal to.
+        By name, as `resolve_dimensions` takes it.
     constants : mapping, optional
         By input, a single number, which fills it whatever its shape, or an array, which fixes its dimensions.
 
     Raises
     ------
     OptionError
-        If there is no such dimension or input, or a size is not positive or larger than the model allows.
+        If there is no such dimension or input, or a size is not positive or larger than the model allows; or what is
+        said of a dimension makes no size.
     InputError
         If a constant does not have the input's dtype and shape.
     """
@@ -49,7 +52,7 @@ def fix_inputs(
         if name not in known:
             raise OptionError(f"constant {name}", "the model has no such input", f"it has {', '.join(known)}")
         arrays[name] = _array(known[name], value)
-    sizes = _sizes(model, {**(dims or {})}, [(known[name], array) for name, array in arrays.items()])
+    sizes = _sizes(model, dims or {}, [(known[name], array) for name, array in arrays.items()])
     if not sizes and not arrays:
         return model
     module = _without(_with_sizes(model.module, sizes), arrays)
@@ -84,56 +87,60 @@ def _array(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
 
 
 def _sizes(
-    model: ImportedModel, dims: dict[str, int | str], arrays: list[tuple[TensorSpec, npt.NDArray[Any]]]
-) -> dict[str, int | str]:
-    """What each named dimension is to be: a number, or the name of one that stays."""
+    model: ImportedModel, dims: Mapping[str, int | str], arrays: list[tuple[TensorSpec, npt.NDArray[Any]]]
+) -> dict[str, int | Linear]:
+    """What each named dimension is to be: a number, or arithmetic over those that stay."""
     known = list(dict.fromkeys(dim for spec in model.inputs for dim in spec.shape if isinstance(dim, str)))
-    for name in [*dims, *(size for size in dims.values() if isinstance(size, str))]:
-        if name not in known:
-            hint = f"it has {', '.join(known) or 'none'}"
-            raise OptionError(f"dimension {name}", "the model has no such symbolic dimension", hint)
-    sizes = {name: _end_of(name, dims) for name in dims}
+    sizes: dict[str, int | Linear] = {name: Linear({name: 1}) for name in known}
+    sizes |= resolve_dimensions(dims, known)
     for spec, array in arrays:
         for dim, size in zip(spec.shape, array.shape, strict=False):
-            wanted = sizes.get(dim, dim) if isinstance(dim, str) else dim
-            if isinstance(wanted, int) and wanted != size:
+            wanted = sizes[dim] if isinstance(dim, str) else dim
+            if isinstance(wanted, Linear) and (solved := wanted.solve(size)) is not None:
+                (name,) = wanted.factors
+                sizes = {key: one.put({name: solved}) if isinstance(one, Linear) else one for key, one in sizes.items()}
+            elif wanted != size:
                 raise InputError(spec.name, f"its constant has {size} elements along {dim}, expected {wanted}")
-            if isinstance(wanted, str):
-                sizes |= dict.fromkeys([wanted, *(name for name, end in sizes.items() if end == wanted)], size)
     for name, size in sizes.items():
         most = model.bounds.get(name)
         if isinstance(size, int) and not 1 <= size <= (most or size):
             raise OptionError(f"dimension {name}", f"got {size}, expected {f'1 to {most}' if most else 'at least 1'}")
-    return {name: size for name, size in sizes.items() if size != name}
+    return {name: size for name, size in sizes.items() if not isinstance(size, Linear) or size.name != name}
 
 
-def _end_of(name: str, dims: Mapping[str, int | str]) -> int | str:
-    """Follow names to a number or to a dimension that stays; one of a circle stays."""
-    seen, size = [name], dims[name]
-    while isinstance(size, str) and size in dims and size not in seen:
-        seen.append(size)
-        size = dims[size]
-    return min(seen[seen.index(size) :]) if isinstance(size, str) and size in seen else size
-
-
-def _bounds(bounds: Mapping[str, int], sizes: Mapping[str, int | str]) -> dict[str, int]:
-    """A bound of a dimension is one of the dimension it is equal to."""
+def _bounds(bounds: Mapping[str, int], sizes: Mapping[str, int | Linear]) -> dict[str, int]:
+    """A bound of a dimension is one of what it is equal to, or a multiple of."""
     result: dict[str, int] = {}
     for name, most in bounds.items():
-        end = sizes.get(name, name)
-        if isinstance(end, str):
-            result[end] = min(most, result.get(end, most))
+        size = sizes.get(name, Linear({name: 1}))
+        if isinstance(size, int):
+            continue
+        ((end, factor), *others) = size.factors.items()
+        largest = (most - size.offset) // factor
+        if others or factor < 1 or largest < 1:
+            problem = f"is given as {size}, expected at most {most} for all sizes from 1 on"
+            raise OptionError(f"dimension {name}", problem, "give a number, or a multiple of one dimension")
+        result[end] = min(largest, result.get(end, largest))
     return result
 
 
-def _with_sizes(module: tvm.IRModule, sizes: Mapping[str, int | str]) -> tvm.IRModule:
+def _with_sizes(module: tvm.IRModule, sizes: Mapping[str, int | Linear]) -> tvm.IRModule:
     if not sizes:
         return module
     main = module["main"]
     variables = {var.name: var for param in main.params for var in relax.analysis.defined_symbolic_vars(_only(param))}
-    values = {name: variables[end] if isinstance(end, str) else tirx.const(end, "int64") for name, end in sizes.items()}
+    named = [part for size in sizes.values() if isinstance(size, Linear) for part in size.factors]
+    ends = {name: variables[name] if name in variables else tirx.Var(name, "int64") for name in {*named}}
+    values = {
+        variables[name]: size.value(ends) if isinstance(size, Linear) else tirx.const(size, "int64")
+        for name, size in sizes.items()
+    }
     result = module.clone()
-    result["main"] = main.bind_symbolic_vars({variables[name]: value for name, value in values.items()})
+    # TVM binds to names that a parameter defines only, if it is one that goes again.
+    new = relax.Var("new", relax.ShapeType([ends[name] for name in sorted(ends.keys() - variables.keys())]))
+    bound = relax.Function([*main.params, new], main.body, main.ret_ty, main.is_pure, main.attrs)
+    bound = bound.bind_symbolic_vars(values)
+    result["main"] = relax.Function(bound.params[:-1], bound.body, bound.ret_ty, bound.is_pure, bound.attrs)
     return result
 
 
