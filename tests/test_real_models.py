@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Model:
     sizes : tuple of dict
         Sizes by dimension. The first is also what the static test fixes.
     fixed : dict
-        Dimensions that the file leaves open and its graph does not: numbers, or the dimension that one equals.
+        Dimensions that the file leaves open and its graph does not: numbers, or what they are equal to.
     constants : dict
         Inputs that become constants.
     bound : float
@@ -120,12 +121,15 @@ def tashkeel(name: str, batch: str, length: str, tensors: int, given: str = "inp
     return Model(f"{TASHKEEL}/{name}.int8.onnx", letters(given, batch, length), sizes, bound=rounding_bound(tensors))
 
 
-def ocr(path: str, *dims: str | int, sizes: tuple[dict[str, int], ...]) -> Model:
-    return Model(path, page("x", 3, *dims), sizes)
+def ocr(
+    path: str, *dims: str | int, sizes: tuple[dict[str, int], ...], fixed: Mapping[str, str] = MappingProxyType({})
+) -> Model:
+    return Model(path, page("x", 3, *dims), sizes, dict(fixed))
 
 
 PADDLE = tuple(f"DynamicDimension.{i}" for i in range(3))
 DETECTOR_SIZES = tuple(dict(zip(PADDLE, sizes, strict=True)) for sizes in ((1, 96, 160), (2, 64, 64)))
+MULTIPLES = {PADDLE[1]: "32*rows", PADDLE[2]: "32*columns"}
 READER_SIZES = tuple(dict(zip(PADDLE[:2], sizes, strict=True)) for sizes in ((1, 160), (2, 96)))
 VOICES = ({"batch": 1}, {"batch": 3})
 OPEN_VOICE: dict[str, Any] = {"fixed": {"sequence": 576}, "constants": {"sr": 16000}}
@@ -153,7 +157,7 @@ MODELS = {
         "silero_vad/data/silero_vad_16k_sequence.onnx", sounds, ({"sequence_length": 7}, {"sequence_length": 1})
     ),
     "tinyocr-reader": ocr("tinyocr/assets/PP-OCRv6_rec_tiny.onnx", PADDLE[0], 48, PADDLE[1], sizes=READER_SIZES),
-    "tinyocr-detector": ocr("tinyocr/assets/PP-OCRv6_det_tiny.onnx", *PADDLE, sizes=DETECTOR_SIZES),
+    "tinyocr-detector": ocr("tinyocr/assets/PP-OCRv6_det_tiny.onnx", *PADDLE, sizes=DETECTOR_SIZES, fixed=MULTIPLES),
     "paraphrase": Model(
         PARAPHRASE,
         text("batch_size", "sequence_length", 30522),
@@ -174,7 +178,7 @@ MODELS = {
     "tashkeel-rawi-2": tashkeel("rawi_v2", "batch", "seq", 3),
     "tashkeel-rawi-3": tashkeel("rawi_v3", "batch", "seq", 3),
     "tashkeel-ensemble": tashkeel("rawi_ensemble", "batch", "seq", 6),
-    "ppocr-detector": ocr(f"{RAPIDOCR}/PP-OCRv6_det_small.onnx", *PADDLE, sizes=DETECTOR_SIZES),
+    "ppocr-detector": ocr(f"{RAPIDOCR}/PP-OCRv6_det_small.onnx", *PADDLE, sizes=DETECTOR_SIZES, fixed=MULTIPLES),
     "ppocr-reader": ocr(f"{RAPIDOCR}/PP-OCRv6_rec_small.onnx", PADDLE[0], 48, PADDLE[1], sizes=READER_SIZES),
     "ppocr-orientation": ocr(
         f"{RAPIDOCR}/ch_ppocr_mobile_v2.0_cls_mobile.onnx",
@@ -204,11 +208,9 @@ QUICK_DYNAMIC = ("silero",)
 
 # What does not stay open yet, and why: the test says when it does.
 STEPS = "a recurrence is unrolled, so its number of steps has to be a number"
-MULTIPLES = "height and width have to be multiples of 32, which cannot be said"
 FIXED = {
     **dict.fromkeys(("silero-sequence", "ddddocr", "ddddocr-int8"), STEPS),
     **dict.fromkeys((name for name in MODELS if name.startswith("tashkeel")), STEPS),
-    **dict.fromkeys(("tinyocr-detector", "ppocr-detector"), MULTIPLES),
 }
 
 
