@@ -19,7 +19,6 @@ from fetch_models import CAPTCHA, PARAPHRASE, RAPIDOCR, REAL, SILERO, TASHKEEL, 
 
 import tvm_ternary
 from tests.graph.onnx.running import relative_error
-from tvm_ternary.errors import UnsupportedOperatorError
 
 Arrays = dict[str, np.ndarray]
 FLOAT_BOUND = 1e-4
@@ -203,26 +202,11 @@ MODELS = {
     "ddddocr-detector": Model("ddddocr/common_det.onnx", page("images", 3, 1, 416, 416), ({},)),
 }
 QUICK_STATIC = ("magika", "silero-16k", "silero-sequence")
-QUICK_DYNAMIC = ("silero",)
-
-
-# What does not stay open yet, and why: the test says when it does.
-STEPS = "a recurrence is unrolled, so its number of steps has to be a number"
-FIXED = {
-    **dict.fromkeys(("silero-sequence", "ddddocr", "ddddocr-int8"), STEPS),
-    **dict.fromkeys((name for name in MODELS if name.startswith("tashkeel")), STEPS),
-}
+QUICK_DYNAMIC = ("silero", "silero-sequence")
 
 
 def slow_but(quick: tuple[str, ...], names: list[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
-def still_fixed(parameter: Any) -> Any:
-    """The parameter of a dynamic test, marked where it is known to be refused."""
-    (name,) = parameter.values
-    refused = pytest.mark.xfail(raises=UnsupportedOperatorError, reason=FIXED.get(name, ""))
-    return pytest.param(name, marks=(*parameter.marks, *([refused] if name in FIXED else [])))
 
 
 def assert_same(model: Model, folder: Path, output: Path, dims: Mapping[str, int], cases: tuple[dict, ...]) -> None:
@@ -261,10 +245,7 @@ def test_static(name: str, models: Path, tmp_path: Path) -> None:
     assert_same(model, models, tmp_path / "model.so", model.sizes[0], model.sizes[:1])
 
 
-OPEN = slow_but(QUICK_DYNAMIC, [name for name, model in MODELS.items() if model.sizes[0]])
-
-
-@pytest.mark.parametrize("name", map(still_fixed, OPEN))
+@pytest.mark.parametrize("name", slow_but(QUICK_DYNAMIC, [name for name, model in MODELS.items() if model.sizes[0]]))
 def test_dynamic(name: str, models: Path, tmp_path: Path) -> None:
     model = MODELS[name]
     assert_same(model, models, tmp_path / "model.so", {}, model.sizes)

@@ -16,7 +16,9 @@ from tests.cuda_emulator import Worker
 from tests.schedule.cpu.graphs import EPSILON, Array, Build, make_graph, normal, tensor
 from tvm_ternary.errors import UnsupportedOperatorError
 from tvm_ternary.graph.fuse import lower_graph_ops
-from tvm_ternary.schedule.cuda.graph import schedule_module
+from tvm_ternary.kernels.recurrence import Recurrence
+from tvm_ternary.schedule.cpu import recurrence
+from tvm_ternary.schedule.cuda.graph import schedule_function, schedule_module
 from tvm_ternary.schedule.cuda.graph_check import is_bound
 from tvm_ternary.target import resolve
 
@@ -200,6 +202,12 @@ def test_what_was_scheduled_is_left_alone() -> None:
     assert sources
     assert not again
     tvm.ir.assert_structural_equal(once, twice)
+
+
+def test_a_recurrence_is_refused_by_name() -> None:
+    shape = Recurrence("rnn", 8, (False,), (("tanh",),))
+    with pytest.raises(UnsupportedOperatorError, match="function rnn: is a loop over its steps in one function"):
+        schedule_function(recurrence(shape, None, None), TARGET, "rnn")
 
 
 def test_an_order_that_matters_is_refused_by_name() -> None:

@@ -92,7 +92,7 @@ class Emitter:
         self._known, self._absent = known or {}, absent
         self._convolutions = convolutions
         self.taken: set[str] = {use.matrix for uses in self._known.values() for use in uses}
-        self._by_content: dict[tuple[object, ...], relax.Var] = {}
+        self._by_content: dict[tuple[object, ...], relax.Expr] = {}
         self._constants: dict[int, tuple[Constant, relax.Expr]] = {}
 
     def emit(self, expr: relax.Expr) -> relax.Expr:
@@ -216,6 +216,37 @@ class Emitter:
         if self._known:
             return next(name for name in node.output if name) in self._known
         return self._convolutions(matrix_name(names, node, self._bias(node)))
+
+    def is_step_matrix(self, names: Sequence[str], node: onnx.NodeProto) -> bool:
+        """Whether the states of a recurrence are to be multiplied by a matrix like any other, step by step.
+
+        They are, unless an earlier walk over the same graph did without.
+        """
+        known = self._known.get(next(name for name in node.output if name), ())
+        return not self._known or any(use.value == names[0] for use in known)
+
+    def inner_matrix(
+        self, form: np.ndarray, shape: tuple[int, ...], names: Sequence[str], node: onnx.NodeProto, reason: str
+    ) -> relax.Expr:
+        """A matrix that a function reads in a form of its own; it stays float, and is listed in ``others``.
+
+        Parameters
+        ----------
+        form : np.ndarray
+            Its elements as they are read.
+        shape : tuple of int
+            What it is listed with, (K, N).
+        names, node
+            As for `matrix`.
+        reason : str
+            Why it is no matrix like the others.
+        """
+        key = (form.shape, _digest(form.reshape(-1, form.shape[-1])))
+        if key not in self._by_content:
+            name = unique(matrix_name(names, node, self._bias(node)), {*self.taken, *self.others})
+            self.others[name] = (shape[::-1], reason)
+            self.tables[name] = self._by_content[key] = relax.const(form, str(form.dtype))
+        return self._by_content[key]
 
     def matrix(self, array: np.ndarray, names: Sequence[str], node: onnx.NodeProto) -> relax.Var:
         """The parameter that holds a (K, N) float32 matrix; the same content is the same parameter."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .attention import attention
+from .recurrence import recurrence
 from .rules import schedule_function, schedule_module
 from .simd import simd_of
 
-__all__ = ["attention", "schedule_function", "schedule_module", "simd_of"]
+__all__ = ["attention", "recurrence", "schedule_function", "schedule_module", "simd_of"]

@@ -15,6 +15,7 @@ from .injective import schedule_injective
 from .inline import read_program
 from .matmul import schedule_matmul
 from .program import Program
+from .recurrence import schedule_recurrence
 from .rows import schedule_rows
 from .simd import Simd, simd_of
 from .vector_math import expand_vector_math
@@ -29,6 +30,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("rule:injective", schedule_injective),
     ("fallback:loops", schedule_loops),
 )
+# A function that is not read, for it says what it is.
+RECURRENT = "rule:recurrence"
 # A function that none of them reads: opaque calls, or loops whose order matters.
 AS_WRITTEN = "fallback:as-written"
 SCHEDULED = "tirx.is_scheduled"
@@ -50,6 +53,9 @@ def schedule_function(func: tirx.PrimFunc, simd: Simd) -> tuple[tirx.PrimFunc, s
     source : str
         Who scheduled it.
     """
+    whole = schedule_recurrence(func, simd)
+    if whole is not None:
+        return whole.with_attr(SCHEDULED, True), RECURRENT
     scheduled, source = _first_answer(read_program(func), simd) or (func, AS_WRITTEN)
     return expand_vector_math(scheduled).with_attr(SCHEDULED, True), source
 

@@ -14,6 +14,7 @@ from tvm.s_tir import Schedule, dlight
 from tvm.target import Target
 
 from tvm_ternary.errors import UnsupportedOperatorError
+from tvm_ternary.kernels.recurrence import RECURRENCE
 from tvm_ternary.schedule.cpu.inline import read_program
 from tvm_ternary.schedule.cpu.program import Program
 
@@ -76,8 +77,12 @@ def schedule_function(func: tirx.PrimFunc, target: Target, name: str) -> tuple[t
     Raises
     ------
     UnsupportedOperatorError
-        If nothing binds it to threads.
+        If nothing binds it to threads, or it is a recurrence.
     """
+    if RECURRENCE in func.attrs:
+        problem = "is a loop over its steps in one function, for which there is no schedule for a GPU"
+        hint = "fix the number of steps with --dim, at most 1024, or compile for a CPU"
+        raise UnsupportedOperatorError(f"function {name}", problem, hint)
     program = read_program(func)
     if program is not None and any(map(is_serial, program.stages)):
         raise _refused(name)

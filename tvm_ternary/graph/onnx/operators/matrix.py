@@ -10,7 +10,8 @@ from tvm_ternary.graph.onnx.emitter import Emitter
 from tvm_ternary.graph.onnx.node import Node
 from tvm_ternary.graph.onnx.values import Constant, Value
 
-_PROMOTED = frozenset({"float16", "bfloat16"})
+PROMOTED = frozenset({"float16", "bfloat16"})
+"""Element types that products widen to float32."""
 
 
 def matmul(emitter: Emitter, node: Node) -> relax.Expr:
@@ -57,14 +58,14 @@ def linear(emitter: Emitter, node: Node, x: Value, weight: np.ndarray, names: tu
     data = emitter.tensor(x, node)
     dtype = emitter.dtype(x)
     rank = len(emitter.known_shape(x, node))
-    if dtype in _PROMOTED:
+    if dtype in PROMOTED:
         data = emitter.emit(R.astype(data, "float32"))
     if rank == 1:
         data = emitter.emit(R.expand_dims(data, 0))
     product = R.matmul(data, emitter.matrix(weight, names, node.proto))
     if rank == 1:
         product = R.squeeze(emitter.emit(product), [0])
-    return R.astype(emitter.emit(product), dtype) if dtype in _PROMOTED else product
+    return R.astype(emitter.emit(product), dtype) if dtype in PROMOTED else product
 
 
 def _weight_on_the_left(
@@ -99,7 +100,7 @@ def _why_no_matrix(weight: Value, node: Node) -> str | None:
     if not isinstance(weight, Constant):
         return "both factors are activations"
     shape = weight.array.shape
-    if str(weight.array.dtype) not in _PROMOTED | {"float32"}:
+    if str(weight.array.dtype) not in PROMOTED | {"float32"}:
         return f"its elements are {weight.array.dtype}"
     if len(shape) < 2:
         return "it is a vector"

@@ -13,11 +13,11 @@ from tests.models import FLOAT
 STEPS, WIDTH, UNITS = 4, 6, 5
 
 
-def quantized_lstm(dtype: type[np.integer], columns: bool) -> onnx.ModelProto:
+def quantized_lstm(dtype: type[np.integer], columns: bool, steps: int | str = STEPS) -> onnx.ModelProto:
     """A bidirectional layer, a scale for each direction or for each of its columns."""
     g, random = Model(), np.random.default_rng(0)
     bounds = np.iinfo(dtype)
-    inputs = [g.input("x", FLOAT, [STEPS, "batch", WIDTH])]
+    inputs = [g.input("x", FLOAT, [steps, "batch", WIDTH])]
     scales = []
     for name, rows in (("w", WIDTH), ("r", UNITS)):
         inputs.append(g.constant(random.integers(bounds.min, bounds.max + 1, (2, rows, 4 * UNITS), dtype), name))
@@ -34,3 +34,13 @@ def test_matches(dtype: type[np.integer], columns: bool) -> None:
     """One sequence: onnxruntime rounds the states of several together or apart, as its threads share them."""
     imported = assert_matches(quantized_lstm(dtype, columns), [{"x": floats(STEPS, 1, WIDTH)}])
     assert weight_products(imported) == {"w": 1, "w_reverse": 1, "r": STEPS, "r_reverse": STEPS}
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [(np.int8, True), (np.uint8, False)])
+def test_open_steps(dtype: type[np.integer], columns: bool) -> None:
+    """Each sequence is rounded by its own range, as one sequence alone is."""
+    imported = assert_matches(
+        quantized_lstm(dtype, columns, "steps"), [{"x": floats(steps, 1, WIDTH)} for steps in (STEPS, 1, 7)]
+    )
+    assert weight_products(imported) == {"w": 1, "w_reverse": 1}
+    assert set(imported.others) == {"r", "r_reverse"}

@@ -17,7 +17,7 @@ def dynamic_quantize_lstm(emitter: Emitter, node: Node) -> list[relax.Expr | Non
     """``DynamicQuantizeLSTM``; the results of ``lstm``."""
     weights = [_weight(node, 1, 8, 9), _weight(node, 2, 10, 11)]
     inputs = [node.value(0), *weights, *node.inputs[3:8]]
-    return lstm(emitter, Node(node.proto, node.opset, inputs, node.attributes), _rounded_product)
+    return lstm(emitter, Node(node.proto, node.opset, inputs, node.attributes), _rounded_product, rounded=True)
 
 
 def _weight(node: Node, index: int, scale: int, zero: int) -> Constant:
