@@ -217,13 +217,13 @@ class Emitter:
             return next(name for name in node.output if name) in self._known
         return self._convolutions(matrix_name(names, node, self._bias(node)))
 
-    def is_step_matrix(self, names: Sequence[str], node: onnx.NodeProto) -> bool:
+    def is_step_matrix(self, names: Container[str], node: onnx.NodeProto) -> bool:
         """Whether the states of a recurrence are to be multiplied by a matrix like any other, step by step.
 
-        They are, unless an earlier walk over the same graph did without.
+        They are, unless an earlier walk over the same graph did without: it multiplied by no value of these names.
         """
         known = self._known.get(next(name for name in node.output if name), ())
-        return not self._known or any(use.value == names[0] for use in known)
+        return not self._known or any(use.value in names for use in known)
 
     def inner_matrix(
         self, form: np.ndarray, shape: tuple[int, ...], names: Sequence[str], node: onnx.NodeProto, reason: str

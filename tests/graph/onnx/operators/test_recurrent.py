@@ -196,3 +196,17 @@ def test_states_of_another_batch_are_refused() -> None:
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "other"
     with pytest.raises(UnsupportedOperatorError, match=r"a first state of \[1, other, 8\], expected \[1, batch, 8\]"):
         import_onnx(model)
+
+
+def test_a_second_walk_takes_the_form_of_the_first() -> None:
+    """In a quantized checkpoint the first decided which matrices there are, whatever is fixed later."""
+    open_steps = lstm(steps="steps")
+    first = import_onnx(open_steps)
+    assert first.onnx is not None
+    again = import_onnx(open_steps, dims={"steps": 5}, uses=first.onnx.uses)
+    assert (list(again.params), list(again.others)) == (["rnn.weight_ih"], ["rnn.weight_hh"])
+    known_steps = variant("GRU", linear_before_reset=0)
+    first = import_onnx(known_steps)
+    assert first.onnx is not None
+    again = import_onnx(known_steps, uses=first.onnx.uses)
+    assert list(again.params) == list(first.params) == ["w", "r_gates", "r_candidate"]

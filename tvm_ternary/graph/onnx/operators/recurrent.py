@@ -187,12 +187,17 @@ def _gru_step_reset_first(
     """The reset gate acts on the state: the candidate has a product of its own."""
     (hidden,) = states
     split = 2 * cell.width
-    gates, last = (tuple(f"{name}_{part}" for name in cell.names[1]) for part in ("gates", "candidate"))
+    gates, last = (_part_of(cell.names[1], part) for part in ("gates", "candidate"))
     kept = emitter.emit(linear(emitter, node, hidden, np.ascontiguousarray(cell.r[:, :split]), gates))
     update, reset = _update_and_reset(emitter, cell, seen, kept)
     inner = emitter.emit(R.multiply(reset, hidden))
     inner = emitter.emit(linear(emitter, node, inner, np.ascontiguousarray(cell.r[:, split:]), last))
     return [_mixed(emitter, cell, emitter.emit(R.add(_gate(emitter, cell, seen, 2), inner)), update, hidden)]
+
+
+def _part_of(names: tuple[str, ...], part: str) -> tuple[str, ...]:
+    """What a matrix is called that is made of some columns of another."""
+    return tuple(f"{name}_{part}" for name in names)
 
 
 def _update_and_reset(emitter: Emitter, cell: _Cell, seen: relax.Expr, kept: relax.Expr) -> list[relax.Expr]:
@@ -235,7 +240,9 @@ def _layer(emitter: Emitter, node: Node, kind: _Kind) -> list[relax.Expr | None]
     steps, batch, cells = dims[0], dims[1], _cells(node, kind)
     start = [_initial(emitter, node, slot, [len(cells), batch, cells[0].width], layout) for slot in kind.states]
     lengths = _lengths(emitter, node, steps)
-    if isinstance(steps, int) and steps <= LONGEST and emitter.is_step_matrix(cells[0].names[1], node.proto):
+    own = cells[0].names[1]
+    named = (own[0], *_part_of(own, "gates")[:1])
+    if isinstance(steps, int) and steps <= LONGEST and emitter.is_step_matrix(named, node.proto):
         every, *ends = _unrolled(emitter, node, kind, cells, x, steps, start, lengths)
     else:
         every, *ends = _looped(emitter, node, kind, cells, x, [steps, batch], start, lengths)
@@ -322,7 +329,7 @@ def _packed(emitter: Emitter, node: Node, cell: _Cell, shape: Recurrence, number
     by_gate = cell.r.astype(np.float32).reshape(shape.features, shape.gates, shape.features)
     packed = []
     for phase, part in zip(phases, ("gates", "candidate"), strict=False):
-        names = cell.names[1] if len(phases) == 1 else tuple(f"{name}_{part}" for name in cell.names[1])
+        names = cell.names[1] if len(phases) == 1 else _part_of(cell.names[1], part)
         matrix = by_gate[:, list(phase.gates)].reshape(shape.features, -1)
         form = pack_recurrent(matrix, len(phase.gates))
         packed.append(emitter.inner_matrix(form, matrix.shape, names, node.proto, reason))
