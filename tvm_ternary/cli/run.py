@@ -149,6 +149,8 @@ def _ceiling(module: Module) -> Ceiling | None:
 def _read_array(name: str, file: str) -> npt.NDArray[Any]:
     import numpy as np
 
+    from tvm_ternary.runtime.arrays import BFLOAT16, dtype_of
+
     subject, hint = f"input {name!r}", "write it with numpy.save"
     try:
         array = np.load(file, allow_pickle=False)
@@ -161,7 +163,8 @@ def _read_array(name: str, file: str) -> npt.NDArray[Any]:
     if not isinstance(array, np.ndarray):
         array.close()
         raise InputError(subject, f"{file} is an archive; expected a .npy file of one array", hint)
-    return array
+    # Of bfloat16 numpy writes only how wide it is.
+    return array.view(dtype_of(BFLOAT16)) if array.dtype == np.dtype("V2") else array
 
 
 def _dimensions(specs: Sequence[TensorSpec], given: Arrays, dims: dict[str, int]) -> dict[str, int]:

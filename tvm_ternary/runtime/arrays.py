@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tvm_ternary.errors import HostError
+
+BFLOAT16 = "bfloat16"
 ALIGNMENT = 64
 """Bytes, of all tensors, as TVM's compiled code takes it for granted; numpy aligns to 16."""
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of a name of a manifest; numpy knows bfloat16 once the package ml_dtypes is imported.
+
+    Raises
+    ------
+    HostError
+        If that package is missing.
+    """
+    if name == BFLOAT16:
+        try:
+            importlib.import_module("ml_dtypes")
+        except ImportError as error:
+            hint = "pip install ml_dtypes"
+            raise HostError("bfloat16", "numpy has no such type without the package ml_dtypes", hint) from error
+    return np.dtype(name)
 
 
 def can_be_read_in_place(array: npt.NDArray[Any]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import InputError
+from tvm_ternary.runtime.arrays import BFLOAT16, dtype_of
 from tvm_ternary.runtime.linear import Linear, read_linear
 from tvm_ternary.runtime.manifest import TensorSpec
 
@@ -117,11 +118,11 @@ def _check(spec: TensorSpec, value: npt.ArrayLike, bound: dict[str, tuple[int, s
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InputError(subject, f"is no array ({error})", f"expected {spec}") from error
-    if array.dtype != np.dtype(spec.dtype):
+    if array.dtype != dtype_of(spec.dtype):
         raise InputError(
             subject,
             f"has dtype {array.dtype}; expected {spec.dtype}",
-            f"cast it with .astype(numpy.{_numpy(spec.dtype)})",
+            f"cast it with .astype({_spelled(spec.dtype)})",
         )
     shape = f"[{', '.join(map(str, spec.shape))}]"
     if array.ndim != len(spec.shape):
@@ -144,8 +145,8 @@ def _check(spec: TensorSpec, value: npt.ArrayLike, bound: dict[str, tuple[int, s
     return array
 
 
-def _numpy(dtype: str) -> str:
-    return "bool_" if dtype == "bool" else dtype
+def _spelled(dtype: str) -> str:
+    return {"bool": "numpy.bool_", BFLOAT16: "ml_dtypes.bfloat16"}.get(dtype, f"numpy.{dtype}")
 
 
 def _list(names: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ DTYPES = (
     "uint32",
     "uint64",
     "float16",
+    "bfloat16",
     "float32",
     "float64",
 )
@@ -46,7 +47,7 @@ class TensorSpec:
     name : str
         As in the model file.
     dtype : str
-        numpy's name, one of `DTYPES`.
+        One of `DTYPES`; `tvm_ternary.runtime.arrays.dtype_of` gives numpy's.
     shape : tuple of int or str
         A number is fixed. A name is a dimension that the caller chooses; the same name is the same number in every
         tensor.

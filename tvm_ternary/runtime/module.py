@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
-from tvm_ternary.runtime.arrays import aligned, aligned_empty, can_be_read_in_place, span
+from tvm_ternary.runtime.arrays import BFLOAT16, aligned, aligned_empty, can_be_read_in_place, dtype_of, span
 from tvm_ternary.runtime.artifact import Artifact, read_artifact
 from tvm_ternary.runtime.cuda import check_device
 from tvm_ternary.runtime.device import Device, choose_device
@@ -255,10 +255,10 @@ class Module:
         results = self._call(tensors)
         if self._device.kind != "cpu":
             return [self._array(results[index]) for index in wanted]
-        views = [np.from_dlpack(results[index]) for index in wanted]
+        views = [self._view(results[index]) for index in wanted]
         large = [index for index, view in enumerate(views) if view.nbytes >= SMALL_OUTPUT]
         # A result may be an input or another result. A weight it is not (`graph.passes.own_outputs`).
-        taken = [span(np.from_dlpack(tensor)) for tensor in tensors[: len(arrays)]] if large else []
+        taken = [span(array) for array in arrays] if large else []
         handed_out = {}
         for index in large:
             start, end = span(views[index])
@@ -332,9 +332,13 @@ class Module:
         self._write(tensor, ctypes.c_void_p(source.ctypes.data), source.nbytes)
         return tensor
 
+    def _view(self, tensor: Any) -> npt.NDArray[Any]:
+        """The memory of a tensor; a copy where numpy has no such type to see it as."""
+        return self._array(tensor) if str(tensor.dtype) == BFLOAT16 else np.from_dlpack(tensor)
+
     def _array(self, tensor: Any) -> npt.NDArray[Any]:
         """Copy to memory of numpy's own, so that it can be an input as it is: keys of the past, in the next step."""
-        array = aligned_empty(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
+        array = aligned_empty(tuple(tensor.shape), dtype_of(str(tensor.dtype)))
         self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
 

@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import OptionError
+from tvm_ternary.runtime.arrays import dtype_of
 from tvm_ternary.runtime.linear import read_linear
 from tvm_ternary.runtime.manifest import TensorSpec
 
 _LEADING_DIM = 1
 _OTHER_DIM = 32
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def random_inputs(
@@ -72,8 +74,8 @@ def random_inputs(
 
 def _random(spec: TensorSpec, sizes: Mapping[str, int], generator: np.random.Generator) -> npt.NDArray[Any]:
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
+    dtype = dtype_of(spec.dtype)
+    if spec.dtype in _FLOATS:
         return generator.standard_normal(shape).astype(dtype)
     array = np.asarray(generator.integers(0, 2, shape)).astype(dtype)
     if array.ndim:

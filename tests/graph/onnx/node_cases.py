@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx.backend.test.case.node import collect_testcases
@@ -167,10 +168,12 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, name: str, test: TestCase) ->
     assert ours.dtype == theirs.dtype, f"output {name} is {ours.dtype}, should be {theirs.dtype}"
     assert ours.shape == theirs.shape, f"output {name} has shape {ours.shape}, should have {theirs.shape}"
     rtol, atol = 0.0, 0.0
-    if theirs.dtype.kind == "f":
-        rtol, atol = max(test.rtol, 4 * float(np.finfo(theirs.dtype).eps)), test.atol
+    if theirs.dtype.kind == "f" or theirs.dtype.name == "bfloat16":
+        rtol, atol = max(test.rtol, 4 * float(ml_dtypes.finfo(theirs.dtype).eps)), test.atol
     with np.errstate(all="ignore"):
-        wrong = ~np.isclose(ours, theirs, rtol, atol, equal_nan=True)
+        wrong = ~np.isclose(
+            *(x.astype(float) if x.dtype.kind == "V" else x for x in (ours, theirs)), rtol, atol, equal_nan=True
+        )
     if wrong.any():
         got, want = ours[wrong][0], theirs[wrong][0]
         raise AssertionError(f"output {name}: {wrong.sum()} of {wrong.size} elements differ, as {got} from {want}")

@@ -98,8 +98,8 @@ static const Type& FindType(const std::string& any_name) {
   static const Type kTypes[] = {
       {"bool", "|b1", "BOOL"},  {"int8", "|i1", "I8"},     {"int16", "<i2", "I16"},   {"int32", "<i4", "I32"},
       {"int64", "<i8", "I64"},  {"uint8", "|u1", "U8"},    {"uint16", "<u2", "U16"},  {"uint32", "<u4", "U32"},
-      {"uint64", "<u8", "U64"}, {"float16", "<f2", "F16", 10}, {"float32", "<f4", "F32", 23},
-      {"float64", "<f8", "F64", 52}};
+      {"uint64", "<u8", "U64"}, {"float16", "<f2", "F16", 10}, {"bfloat16", "<V2", "BF16", 7},
+      {"float32", "<f4", "F32", 23}, {"float64", "<f8", "F64", 52}};
   for (const Type& type : kTypes) {
     if (any_name == type.name || any_name == type.safetensors) return type;
   }

@@ -80,11 +80,12 @@ def attention(emitter: Emitter, node: Node) -> list[relax.Expr | None]:
 
 
 def _precision(emitter: Emitter, node: Node, query: relax.Expr) -> str:
-    """The wider of the inputs' dtype and the one asked for the softmax."""
+    """The wider of the inputs' dtype and the one asked for the softmax; for bfloat16 what it is the front half of."""
     dtypes = [np.dtype(emitter.dtype(query))]
     if asked := node.attributes.get("softmax_precision"):
         dtypes.append(onnx.helper.tensor_dtype_to_np_dtype(asked))
-    return str(max(dtypes, key=lambda dtype: dtype.itemsize))
+    widest = str(max(dtypes, key=lambda dtype: dtype.itemsize))
+    return "float32" if widest == "bfloat16" else widest
 
 
 def _as(emitter: Emitter, x: relax.Expr, dtype: str) -> relax.Expr:
