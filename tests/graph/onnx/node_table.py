@@ -49,7 +49,7 @@ operator of.
 sequences and optionals, which the importer does not carry.
 
 Inputs stay inputs unless they are named under "known at import": those are bound to the case's values, as
-`--constant NAME=VALUE` does. Tensors of bfloat16, float8, float4 and of integers below 8 bits are carried as weights
+`--constant NAME=VALUE` does. Tensors of float8, float4 and of integers below 8 bits are carried as weights
 only: an input of such a type is bound where others are left, and a case with an output of such a type fails. Inputs
 without elements are given to the compiled module as they are; the runtime that comes with a library refuses them.
 
