@@ -21,7 +21,6 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import EPILOGUES, PLAIN, Epilogue, MatmulKernel, declare_parameters, emit_branches
 from tvm_ternary.kernels.shape import MatmulShape, ceil_div
 from tvm_ternary.schedule.cuda import device
@@ -316,7 +315,9 @@ class _Kernel:
                     self._store(four, row, self.at.n(r))
 
     def _finished(self, value: Expr, row: Expr, n: Expr) -> Expr:
-        n = n if self.shape.n % LANES == 0 else T.min(n, self.shape.n - 1)
+        # The last block may reach beyond the outputs; what it finds there is not stored, but must not be read either.
+        whole = self.shape.n % (self.variant.columns * self.variant.warps_n) == 0
+        n = n if whole else T.min(n, self.shape.n - 1)
         if self.kernel.row_scale is not None:
             value = value * self.kernel.row_scale(self.b, row)
         if self.epilogue.bias:

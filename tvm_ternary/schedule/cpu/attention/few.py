@@ -17,6 +17,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     Operands,
     across,
     buffer,
+    elements,
     inverse,
     vectors,
     zeros,
@@ -88,8 +89,18 @@ class Few:
             )
 
         rows = tirx.min(index(self.rows), self.on.queries * self.shape.group - self.first)
-        body = sequence(loop(self.rows, load, name="row"), self.on.blocks(block), loop(rows, store, name="row"))
+        body = sequence(loop(self.rows, load, name="row"), self._over_keys(block), loop(rows, store, name="row"))
         return scope("rows", body, [self.q, self.scores, self.o, *self.state.values()])
+
+    def _over_keys(self, block: Callable[[Expr, Expr], Stmt]) -> Stmt:
+        return self.on.blocks(block)
+
+    def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
+        """A score with what hides its key."""
+        if not self.shape.mask:
+            return score
+        head, query = self._at(row)
+        return score + self.on.mask_at(self.batch, head, query, key)
 
     def _score(self, first: Expr, count: Expr) -> Stmt:
         size, lanes = self.shape.size, self.lanes
@@ -115,11 +126,7 @@ class Few:
                 return sequence([BufferStore(acc, acc[0] + self.q[row, d] * k(d), [0]) for row, acc in enumerate(sums)])
 
             def finish(row: int, acc: Var) -> Stmt:
-                value = acc[0]
-                if self.shape.mask:
-                    head, query = self._at(row)
-                    value = value + self.on.mask_at(self.batch, head, query, first + j)
-                return BufferStore(self.scores, value, [row, j])
+                return BufferStore(self.scores, self._masked(row, first + j, acc[0]), [row, j])
 
             parts = [loop(whole, step, name="part")] if whole else []
             folds = [across(acc, lanes, lambda a, b: a + b) for acc in sums]
@@ -134,16 +141,6 @@ class Few:
         fold = buffer("fold", lanes)
         peak, total, fade = (self.state[name] for name in ("peak", "total", "fade"))
         new = buffer("new", 1)
-
-        def over(write: Callable[[Expr], Stmt], one: Callable[[Expr], Stmt]) -> Stmt:
-            """Whole vectors, then the rest in lane 0."""
-            known = static(count)
-            whole = tirx.floordiv(count, index(lanes)) if known is None else index(known // lanes)
-            rest = tirx.floormod(count, index(lanes)) if known is None else index(known % lanes)
-            parts = [loop(whole, lambda n: vector(lanes, lambda lane: write(n * lanes + lane)), name="part")]
-            if static(rest) != 0:
-                parts.append(loop(rest, lambda n: one(whole * lanes + n), name="rest"))
-            return sequence(parts)
 
         def lane_of(j: Expr) -> Expr:
             return tirx.floormod(j, index(lanes))
@@ -167,11 +164,11 @@ class Few:
         ]
         body = sequence(
             vector(lanes, lambda lane: BufferStore(fold, NOTHING, [lane])),
-            over(largest, largest),
+            elements(count, lanes, largest),
             across(fold, lanes, tirx.max),
             middle,
             vector(lanes, lambda lane: BufferStore(fold, ZERO, [lane])),
-            over(weigh, weigh),
+            elements(count, lanes, weigh),
             across(fold, lanes, lambda a, b: a + b),
             BufferStore(total, total[row] * fade[row] + fold[0], [row]),
         )

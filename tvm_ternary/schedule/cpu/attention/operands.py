@@ -154,6 +154,17 @@ def vectors(width: int, lanes: int, write: Callable[[Expr], Stmt]) -> Stmt:
     return sequence([part(at) for at in range(0, width, lanes)])
 
 
+def elements(count: Expr, lanes: int, write: Callable[[Expr], Stmt]) -> Stmt:
+    """One statement for each of so many elements: whole vectors, then one by one."""
+    known = static(count)
+    whole = tirx.floordiv(count, index(lanes)) if known is None else index(known // lanes)
+    rest = tirx.floormod(count, index(lanes)) if known is None else index(known % lanes)
+    parts = [loop(whole, lambda n: vector(lanes, lambda lane: write(n * lanes + lane)), name="part")]
+    if static(rest) != 0:
+        parts.append(loop(rest, lambda n: write(whole * lanes + n), name="rest"))
+    return sequence(parts)
+
+
 def zeros(sums: list[Var], lanes: int) -> list[Stmt]:
     def zero(acc: Var) -> Stmt:
         return vectors(int(acc.shape[0]), lanes, lambda c: BufferStore(acc, ZERO, [c]))
