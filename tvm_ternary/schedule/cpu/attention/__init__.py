@@ -94,7 +94,7 @@ def _many(on: Operands, vectors: int) -> Stmt:
 
 def _few(on: Operands, *, join: bool = False) -> Stmt:
     rows = tile_rows(on)
-    # Few rows wait for memory: an element comes in the time of some operations, and is written, too, where it is joined.
+    # Few rows wait for memory: an element comes in the time of some operations, and where it is joined is written, too.
     work = on.keys * ((on.shape.size + on.shape.value_size) * max(rows // 4, 6 if join else 2))
     extents = [on.batch, index(on.shape.kv_heads), tiles(on.queries * on.shape.group, rows)]
     return space(extents, work, lambda at: Few(on, at[0], at[1], at[2] * rows, join=join).write())
