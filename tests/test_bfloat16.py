@@ -42,6 +42,18 @@ def test_values_go_in_and_out(library: Path) -> None:
     np.testing.assert_array_equal(inputs["x"], kept)
 
 
+@pytest.mark.parametrize("weights", ["inside", "beside"])
+def test_weights(weights: str, tmp_path: Path) -> None:
+    table = np.arange(SIZE * SIZE).reshape(SIZE, SIZE).astype(ml_dtypes.bfloat16)
+    tensor = helper.make_tensor("table", TensorProto.BFLOAT16, table.shape, table.tobytes(), raw=True)
+    values = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [SIZE, SIZE]) for name in "xy"]
+    node = helper.make_node("Add", ["x", "table"], ["y"])
+    onnx.save(helper.make_model(helper.make_graph([node], "g", values[:1], values[1:], [tensor])), tmp_path / "m.onnx")
+    library = tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so", weights=weights).path
+    (y,) = tvm_ternary.load(library, threads=1).run(None, {"x": table})
+    np.testing.assert_array_equal(y, table + table)
+
+
 def test_files_on_the_command_line(library: Path, tmp_path: Path) -> None:
     x = np.arange(2 * SIZE).reshape(2, SIZE).astype(ml_dtypes.bfloat16)
     np.save(tmp_path / "x.npy", x)

@@ -143,7 +143,7 @@ class TestRefusals:
         self.refused(g, r"operator ReduceSum .*: TVM cannot convert it \(Only constant axes")
 
     def test_inputs_of_other_types(self) -> None:
-        for dtype, name in ((onnx.TensorProto.STRING, "strings"), (onnx.TensorProto.BFLOAT16, "bfloat16")):
+        for dtype, name in ((onnx.TensorProto.STRING, "strings"), (onnx.TensorProto.FLOAT8E4M3FN, "float8_e4m3fn")):
             g = GraphBuilder()
             g.node("Identity", g.input("x", dtype, ["n"]), output="y")
             g.output("y", dtype)

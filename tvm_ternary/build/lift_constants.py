@@ -13,12 +13,14 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
+from tvm_ternary.runtime.arrays import BFLOAT16
 from tvm_ternary.runtime.weights import DTYPES
 
 LARGE = 1 << 16
 """Bytes from which on a constant is taken out. Each parameter costs a run some tenths of a microsecond."""
 
-_DTYPES = frozenset(np.dtype(code).name for code in DTYPES.values())
+# What numpy can see without a copy.
+_DTYPES = frozenset(np.dtype(code).name for code in DTYPES.values() if code != BFLOAT16)
 
 
 def lift_constants(module: tvm.IRModule, least: int = LARGE) -> tuple[tvm.IRModule, dict[str, npt.NDArray[Any]]]:

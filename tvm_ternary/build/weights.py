@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import OptionError, OutputError
-from tvm_ternary.runtime.arrays import ALIGNMENT
+from tvm_ternary.runtime.arrays import ALIGNMENT, dtype_of
 from tvm_ternary.runtime.manifest import FORMAT, WeightsInfo
 from tvm_ternary.runtime.weights import DTYPES, LENGTH, read_header
 
@@ -24,7 +24,7 @@ BESIDE_BYTES = 1 << 30
 PLACES = ("auto", "inside", "beside")
 
 _METADATA = "__metadata__"
-_NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
+_NAMES = {dtype_of(code): name for name, code in DTYPES.items()}
 
 
 def describe_weights(weights: Mapping[str, npt.NDArray[Any]]) -> WeightsInfo:

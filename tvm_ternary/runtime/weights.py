@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_ternary.errors import ArtifactError
+from tvm_ternary.runtime.arrays import BFLOAT16, dtype_of
 from tvm_ternary.runtime.artifact import Artifact, file_digest, weights_offset
 from tvm_ternary.runtime.manifest import WeightsInfo
 
@@ -37,6 +38,7 @@ DTYPES = {
     "U32": "<u4",
     "U64": "<u8",
     "F16": "<f2",
+    "BF16": BFLOAT16,
     "F32": "<f4",
     "F64": "<f8",
 }
@@ -138,7 +140,7 @@ def _tensors(data: npt.NDArray[np.uint8], names: tuple[str, ...], subject: str) 
 
 def _tensor(data: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[Any]:
     begin, end = entry["data_offsets"]
-    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
+    dtype, shape = dtype_of(DTYPES[entry["dtype"]]), entry["shape"]
     if not 0 <= begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"bytes {begin} to {end} do not hold {shape} of {dtype}")
     # np.ndarray over the buffer, because .view() of a slice refuses some empty shapes.
