@@ -71,7 +71,7 @@ class Case:
         out = out.transpose([dims[axis] for axis in self.shape.out])
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in (*arrays, out)]
         compiled(tier, self.shape, self.planes, rounded, lengths)(*tensors)
-        return tensors[-1].numpy().transpose([self.shape.out.index(axis) for axis in "bhld"])
+        return np.asarray(tensors[-1].numpy()).transpose([self.shape.out.index(axis) for axis in "bhld"])
 
     def check(self, tier: str, rounded: bool, lengths: Lengths = UNKNOWN) -> None:
         got = self.run(tier, rounded, lengths)
@@ -86,8 +86,8 @@ class Case:
         is off by half a step of its block, which counts as often as the key's number says; and so is a weight.
         """
         shape, group = self.shape, self.shape.group
-        kc, ks, vc, vs = (x[b, :, :full] for x in (*self.k, *self.v))
-        blocks = [dequantize_block(c, s, axis) for c, s, axis in ((kc, ks, -2), (vc, vs, -1))]
+        kc, ks, vc, vs = (np.asarray(x[b, :, :full]) for x in (*self.k, *self.v))
+        blocks = [dequantize_block(kc, ks, -2), dequantize_block(vc, vs, -1)]
         k, v = (
             np.concatenate([x.reshape(shape.kv_heads, full * BLOCK, x.shape[-1]), tail[b, :, :recent]], 1)
             for x, tail in zip(blocks, self.tail, strict=True)
