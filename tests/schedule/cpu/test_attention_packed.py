@@ -86,7 +86,8 @@ class Case:
         is off by half a step of its block, which counts as often as the key's number says; and so is a weight.
         """
         shape, group = self.shape, self.shape.group
-        kc, ks, vc, vs = (np.asarray(x[b, :, :full]) for x in (*self.k, *self.v))
+        here = np.s_[b, :, :full]
+        kc, ks, vc, vs = self.k[0][here], self.k[1][here], self.v[0][here], self.v[1][here]
         blocks = [dequantize_block(kc, ks, -2), dequantize_block(vc, vs, -1)]
         k, v = (
             np.concatenate([x.reshape(shape.kv_heads, full * BLOCK, x.shape[-1]), tail[b, :, :recent]], 1)
