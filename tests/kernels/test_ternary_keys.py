@@ -76,8 +76,9 @@ def test_what_is_not_finite_shows(planes: int, bad: float) -> None:
 
 @pytest.mark.parametrize("planes", PLANES)
 def test_zeros_and_signs(planes: int) -> None:
-    zeros = np.zeros((BLOCK, 8), np.float32)
-    assert not dequantize_block(*quantize_block(zeros, planes, -2), -2).any()
+    for nearly in (0, 1e-42):
+        zeros = np.resize(np.array([nearly, 0], np.float32), (BLOCK, 9))
+        assert not dequantize_block(*quantize_block(zeros, planes, -2), -2).any()
     x = np.random.default_rng(1).standard_normal((BLOCK, 8))
     codes, scale = quantize_block(x, planes, -2)
     opposite, same = quantize_block(-x, planes, -2)

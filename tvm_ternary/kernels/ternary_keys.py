@@ -107,7 +107,9 @@ def quantize_block(x: Floats, planes: int, axis: int) -> tuple[Codes, npt.NDArra
     with np.errstate(invalid="ignore", over="ignore"):
         mean = np.mean(np.abs(x), axis=axis, keepdims=True, dtype=np.float32)
         step = mean * np.float32(STEPS[planes])
-        inverse = np.where(step > 0, 1 / np.where(step > 0, step, 1), 0).astype(np.float32)
+        # Over a denormal step would be infinite: what is that small is zero.
+        some = step >= np.finfo(np.float32).tiny
+        inverse = np.where(some, 1 / np.where(some, step, 1), 0).astype(np.float32)
         c = np.clip(np.rint(x * inverse), -largest, largest)
         c = np.where(np.isfinite(mean), c, 0)
         norm = np.sum(c * c, axis=axis, keepdims=True, dtype=np.float32)
