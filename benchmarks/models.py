@@ -11,9 +11,6 @@ the decoders have random weights and are written here. Nothing else should run m
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from typing import Any
 
 import onnx
 
+from benchmarks.kept import bench_lines, measure_missing
 from tests.models import gpt2, llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,13 +115,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9, help="of each engine (default: %(default)s)")
     parser.add_argument("--threads", default="1,2", help="default: %(default)s")
     args = parser.parse_args()
-    lines = list(map(json.loads, RESULTS.read_text().splitlines())) if RESULTS.exists() else []
-    done = {name: [line for line in lines if line["row"] == name] for name in ROWS}
-    for name in args.only or [name for name in ROWS if not done[name]]:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        done[name] = measure(name, args.turns, args.threads)
-        RESULTS.write_text("".join(json.dumps(line) + "\n" for own in done.values() for line in own))
-    table = markdown([line for own in done.values() for line in own])
+    lines = measure_missing(RESULTS, ROWS, args.only, lambda name: measure(name, args.turns, args.threads))
+    table = markdown(lines)
     RESULTS.with_suffix(".md").write_text(table)
     print(table)
 
@@ -132,17 +125,12 @@ def measure(name: str, turns: int, threads: str) -> list[dict[str, Any]]:
     """Run the benchmark for one row: its lines, or none where it fails, which is said."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as scratch:
-        model, output = MODELS / str(row.model), Path(scratch) / "lines.jsonl"
+        model = MODELS / str(row.model)
         if not isinstance(row.model, str):
             model = Path(scratch) / f"{name.replace(' ', '-')}.onnx"
             onnx.save(row.model(), model)
-        command = [sys.executable, "-m", "tvm_ternary", "bench", "model", str(model), *row.options]
-        command += ["--schemes", row.schemes, "--threads", threads, "--turns", str(turns), "--json", str(output)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            print(f"  {name}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        found = map(json.loads, output.read_text().splitlines()) if output.exists() else ()
-        return [{"row": name, **line} for line in found]
+        options = ("--schemes", row.schemes, "--threads", threads, "--turns", str(turns))
+        return bench_lines("model", str(model), *row.options, *options)
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:

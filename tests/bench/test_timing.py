@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_ternary.bench.timing import PACE, Pace, Spread, alternate, geometric_mean
+from tvm_ternary.bench.timing import PACE, Pace, Spread, alternate, geometric_mean, turn_ratio
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -35,6 +35,17 @@ def test_geometric_mean_needs_positive_numbers(values: list[float]) -> None:
 @given(st.permutations(range(11)))
 def test_spread_takes_percentiles_of_any_order(samples: list[float]) -> None:
     assert Spread.of(samples) == Spread(5, 2, 8)
+
+
+def test_spread_of_turns_is_of_their_calls() -> None:
+    assert Spread.of_turns([[3.0, 1.0], [2.0]]) == Spread.of([1.0, 2.0, 3.0])
+
+
+def test_ratio_is_of_the_same_turn() -> None:
+    """A disturbance of whole turns leaves it alone, and one of a single call."""
+    ours = [[1.0, 1.0, 9.0], [10.0, 10.0, 10.0], [2.0, 2.0, 2.0]]
+    theirs = [[3.0, 3.0, 3.0], [30.0], [6.0, 7.0, 5.0]]
+    assert turn_ratio(theirs, ours) == pytest.approx(3)
 
 
 def test_spread_of_one_sample() -> None:

@@ -25,7 +25,7 @@ Calls = Sequence[Callable[[], Floats]]
 # Of Gaussian activations, whose rounding is the error: to float32, to int8 by the row, to three values by the row.
 _BOUNDS = {32: 1e-5, 8: 1e-2, 1: 0.6}
 _BLOCK = 1024
-_FAULT = "a fault of that engine on this CPU: leave it out, and report it"
+FAULT = "a fault of that engine on this CPU: leave it out, and report it"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def check_answer(engine: Engine, x: Floats, y: Floats, exact: npt.NDArray[np.flo
     n, k = engine.dense.shape
     if y.shape != (len(x), n):
         raise WrongAnswerError(
-            f"{engine.name}, {len(x)} rows, {n}x{k}", f"the result is {y.shape}; expected {(len(x), n)}", _FAULT
+            f"{engine.name}, {len(x)} rows, {n}x{k}", f"the result is {y.shape}; expected {(len(x), n)}", FAULT
         )
     expected = exact_rows(engine.dense, x) if exact is None else exact
     error = float(np.linalg.norm(y[_checked(len(x))] - expected) / np.linalg.norm(expected))
@@ -111,7 +111,7 @@ def check_answer(engine: Engine, x: Floats, y: Floats, exact: npt.NDArray[np.flo
         raise WrongAnswerError(
             f"{engine.name}, {len(x)} rows, {n}x{k}",
             f"relative error is {error:.1e}; expected at most {engine.error_bound:.0e}",
-            _FAULT,
+            FAULT,
         )
     return error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from tvm_ternary.bench.engines import WrongAnswerError
 from tvm_ternary.bench.model_costs import Costs, compile_apart, first_result_apart
 from tvm_ternary.bench.model_peers import FLOAT, INT8, PEERS, SPIN, choose_model_peers, feeds_of, open_session
-from tvm_ternary.bench.timing import PACE, Spread, time_turns
+from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
 from tvm_ternary.errors import OptionError
 from tvm_ternary.runtime.arrays import aligned
 from tvm_ternary.runtime.module import Module, load
@@ -230,8 +229,7 @@ class _Case:
         rests = dict.fromkeys(calls, SPIN) if self._threads > 1 else None
         time.sleep(SPIN)
         samples = time_turns(calls, turns, PACE, rests)
-        middle = {name: [statistics.median(turn) for turn in own] for name, own in samples.items()}
-        spread = {name: Spread.of([one for turn in own for one in turn]) for name, own in samples.items()}
+        spread = {name: Spread.of_turns(own) for name, own in samples.items()}
         for scheme in self._modules:
             yield ModelMeasurement(
                 model=self._subject.model.name,
@@ -243,10 +241,7 @@ class _Case:
                 first_seconds=first[scheme],
                 costs=self._libraries[scheme][1],
                 peers={name: spread[name] for name in self._sessions},
-                ratios={
-                    name: statistics.median(t / o for t, o in zip(middle[name], middle[scheme], strict=True))
-                    for name in self._sessions
-                },
+                ratios={name: turn_ratio(samples[name], samples[scheme]) for name in self._sessions},
                 peer_errors=peer_errors,
             )
 

@@ -136,12 +136,13 @@ def require_onnxruntime() -> None:
         raise OptionError("onnxruntime", missing, "install tvm-ternary[demo], or leave the peers out")
 
 
-def open_session(model: Path, threads: int, *, optimize: bool = True) -> Any:
+def open_session(model: Path | bytes, threads: int, *, optimize: bool = True) -> Any:
     """Load a model into onnxruntime.
 
     Parameters
     ----------
-    model : Path
+    model : Path or bytes
+        A file, or what would be in it.
     threads : int
     optimize : bool
         All optimizations; otherwise the basic ones, which keep every number.
@@ -155,10 +156,11 @@ def open_session(model: Path, threads: int, *, optimize: bool = True) -> Any:
 
     level = ort.GraphOptimizationLevel
     options = _options(level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC, threads)
+    source, name = (model, "the model") if isinstance(model, bytes) else (str(model), str(model))
     try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ModelError(str(model), f"onnxruntime refuses it ({str(error).splitlines()[0]})") from error
+        raise ModelError(name, f"onnxruntime refuses it ({str(error).splitlines()[0]})") from error
 
 
 def feeds_of(session: Any, inputs: Mapping[str, npt.NDArray[Any]], constants: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class Spread:
         ordered = sorted(samples)
         last = len(ordered) - 1
         return cls(*(ordered[round(last * part)] for part in (0.5, 0.2, 0.8)))
+
+    @classmethod
+    def of_turns(cls, turns: Sequence[Sequence[float]]) -> Spread:
+        """Summarise the calls of all turns."""
+        return cls.of([one for turn in turns for one in turn])
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ def alternate(
     -------
     dict of str to Spread
     """
-    samples = time_turns(functions, turns, pace, rests)
-    return {name: Spread.of([one for turn in own for one in turn]) for name, own in samples.items()}
+    return {name: Spread.of_turns(own) for name, own in time_turns(functions, turns, pace, rests).items()}
 
 
 def time_turns(
@@ -108,6 +113,11 @@ def time_turns(
             if rests is not None and name in rests:
                 time.sleep(rests[name])
     return samples
+
+
+def turn_ratio(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float:
+    """Median over the turns of a peer's median over ours in the same turn: above 1 we are faster."""
+    return statistics.median(statistics.median(t) / statistics.median(o) for t, o in zip(theirs, ours, strict=True))
 
 
 def _estimate(copies: Sequence[Callable[[], Any]], endless: Iterator[Callable[[], Any]]) -> float:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvm_ternary.cli import bench_model
+from tvm_ternary.cli import bench_attention, bench_model
 from tvm_ternary.cli.options import add_verb, whole_number
 from tvm_ternary.errors import OptionError
 
@@ -26,6 +26,7 @@ _DESCRIPTION = (
 _EXAMPLES = """\
   tvm-ternary bench matmul
   tvm-ternary bench model model.onnx --dim batch=1 --dim length=128
+  tvm-ternary bench attention --cached 4096,32768 --prompts none
   tvm-ternary bench matmul --shapes 4096x4096 --rows 1,8 --schemes t1a8,t2a8 --cold --json bench.jsonl
   tvm-ternary bench plot bench.jsonl -o roofline.png -o roofline.svg
 """
@@ -62,6 +63,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--plot", metavar="FILE", action="append", default=[], help="draw the roofline: .png, .svg")
     parser.set_defaults(run=_run_matmul)
     bench_model.add_parser(what)
+    bench_attention.add_parser(what)
     parser = add_verb(what, "plot", "the roofline as a picture", _PLOT, _PLOT_EXAMPLES)
     parser.add_argument("lines", metavar="LINES", help="what 'bench matmul --json' wrote")
     parser.add_argument("-o", "--output", metavar="FILE", action="append", required=True, help=".png or .svg")

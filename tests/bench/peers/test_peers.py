@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-import tvm_ternary.bench.peers
 from tvm_ternary.bench.engines import Engine, Floats, WrongAnswerError, check_answer
 from tvm_ternary.bench.memory import aligned_copy
 from tvm_ternary.bench.peers import PEERS, absent_peers, choose_peers
@@ -87,18 +86,17 @@ def test_a_problem_is_exact_in_16_bits() -> None:
     assert math.isclose((problem.trits == 0).mean(), 1 / 3, abs_tol=0.05)
 
 
-def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice() -> None:
     assert choose_peers("none") == ()
     assert choose_peers("auto") == tuple(name for name in PEERS if name not in absent_peers())
     assert choose_peers("ort-int8,ort-2bit,ort-int8") == ("ort-int8", "ort-2bit")
     with pytest.raises(OptionError, match="peer 'fast': does not exist; expected auto, none or of ort-2bit, "):
         choose_peers("ort-2bit,fast")
-    absent = Peer(PEERS["ort-2bit"].make, needs("no_such_package"))
-    monkeypatch.setattr(tvm_ternary.bench.peers, "PEERS", {"absent": absent})
-    assert choose_peers("auto") == ()
-    assert absent_peers() == {"absent": "needs the package no_such_package"}
+    absent = {"absent": Peer(PEERS["ort-2bit"].make, needs("no_such_package"))}
+    assert choose_peers("auto", absent) == ()
+    assert absent_peers(absent) == {"absent": "needs the package no_such_package"}
     with pytest.raises(OptionError, match="peer 'absent': needs the package no_such_package; install tvm-ternary"):
-        choose_peers("absent")
+        choose_peers("absent", absent)
 
 
 def test_popcount_kernels_stand_beside_ternary_activations_only() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,13 @@ class Problem:
 def fits_any(n: int, k: int) -> str | None:
     """No shape is refused."""
     return None
+
+
+class Installable(Protocol):
+    """What may not be here; ``missing`` as for `Peer`."""
+
+    @property
+    def missing(self) -> Callable[[], str | None]: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""Our attention kernels on one case: float keys and values, and ternary ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from tvm_ternary.bench.attention_case import AttentionEngine, Case, Exact, Floats, HeadShape, Operands
+from tvm_ternary.bench.memory import aligned, aligned_copy
+from tvm_ternary.build.kernel import build_kernel
+from tvm_ternary.errors import OptionError
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.ternary_keys import BLOCK, bytes_a_token, dequantize_block, pack, quantize_block
+from tvm_ternary.schedule.cpu.attention import attention
+from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.target import Target
+
+FULL = "full"
+"""The name of keys and values that stay float32."""
+
+# Of Gaussian operands: rounding to float32 over tens of thousands of keys; queries and weights rounded to int8 too.
+_FLOAT_BOUND, _INT8_BOUND = 1e-5, 3e-2
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """How a cache holds keys and values: ``full``, or ``t2a8`` for two planes and queries rounded to 8 bits.
+
+    Attributes
+    ----------
+    planes : int
+        0 for float32.
+    bits : int
+        Of what they are multiplied by, 8 or 32.
+    """
+
+    planes: int = 0
+    bits: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> CacheScheme:
+        """Read a name.
+
+        Raises
+        ------
+        OptionError
+            If it is none.
+        """
+        if text == FULL:
+            return cls()
+        match = re.fullmatch("t([1-3])a(8|32)", text)
+        if match is None:
+            raise OptionError(f"scheme {text!r}", "unknown; expected full or t{1-3}a{8|32}", "for example full,t2a8")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"t{self.planes}a{self.bits}" if self.planes else FULL
+
+    def token_bytes(self, shape: HeadShape) -> float:
+        """Bytes of a token's keys and values of all heads, where it is packed."""
+        one = bytes_a_token(shape.size, shape.size, self.planes) if self.planes else 2 * _FLOAT_BYTES * shape.size
+        return shape.kv_heads * one
+
+    def cache_bytes(self, shape: HeadShape, tokens: int, window: int) -> float:
+        """Bytes of a layer's cache: packed blocks, and the last tokens in float32."""
+        packed = BLOCK * blocks_of(tokens, window) if self.planes else 0
+        return packed * self.token_bytes(shape) + (tokens - packed) * CacheScheme().token_bytes(shape)
+
+
+def blocks_of(tokens: int, window: int) -> int:
+    """Packed blocks of so many tokens: a block is packed once ``window`` newer tokens are there."""
+    return max(0, (tokens - window) // BLOCK)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The packed blocks of a cache in the kernel's order, and what attention over them gives exactly."""
+
+    arrays: Sequence[npt.NDArray[Any]]
+    want: Exact
+
+
+class Engines:
+    """Makes engines, and keeps compiled kernels, which are the same for all lengths.
+
+    Parameters
+    ----------
+    target : Target
+        A CPU that this host can be.
+    window : int
+        Last tokens that stay float32, a multiple of 64.
+    """
+
+    def __init__(self, target: Target, window: int) -> None:
+        self._target, self._window = target, window
+        self._kernels: dict[Any, Any] = {}
+
+    def make(self, operands: Operands, schemes: Sequence[CacheScheme]) -> dict[CacheScheme, AttentionEngine]:
+        """An engine for each scheme."""
+        blocks = {p: self._quantized(operands, p) for p in sorted({one.planes for one in schemes}) if p}
+        return {
+            one: self._step(operands, one, blocks[one.planes]) if one.planes else self._full(operands)
+            for one in schemes
+        }
+
+    def _full(self, operands: Operands) -> AttentionEngine:
+        case = operands.case
+        shape = _attention(case.shape, "bhld" if case.step else "blhd", "ms" if case.causal else "")
+        if shape not in self._kernels:
+            lengths = (1, 1 if case.step else None, None)
+            self._kernels[shape] = build_kernel(partial(attention, shape, lengths), self._target)
+        masks = [_causal_mask(case)] if case.causal else []
+        inputs = [operands.q, operands.k, operands.v, *masks]
+        return _engine(FULL, self._kernels[shape], inputs, operands.exact, _FLOAT_BOUND)
+
+    def _step(self, operands: Operands, scheme: CacheScheme, blocks: _Blocks) -> AttentionEngine:
+        case = operands.case
+        shape = _attention(case.shape, "bhld")
+        if (shape, scheme) not in self._kernels:
+            dot = BYTE_DOTS[self._target.tier] if scheme.bits == 8 else None
+            packed = Packed(scheme.planes, scheme.planes, dot)
+            schedule = partial(attention_step, shape, packed, (1, 1, None, None))
+            self._kernels[shape, scheme] = build_kernel(schedule, self._target)
+        full = blocks_of(case.keys, self._window)
+        latest = [aligned_copy(one[:, :, full * BLOCK :]) for one in operands.by_head]
+        counts = [_count(full), _count(case.keys - full * BLOCK)]
+        bound = _INT8_BOUND if scheme.bits == 8 else _FLOAT_BOUND
+        inputs = [operands.q, *blocks.arrays, *latest, *counts]
+        return _engine(str(scheme), self._kernels[shape, scheme], inputs, blocks.want, bound)
+
+    def _quantized(self, operands: Operands, planes: int) -> _Blocks:
+        """Quantize and pack all but the last tokens."""
+        case = operands.case
+        full = blocks_of(case.keys, self._window)
+        if not full:
+            problem = f"{case.keys} tokens are all among the last {self._window}, which stay float32"
+            raise OptionError("cached", problem, f"give at least {self._window + BLOCK}")
+        blocked = (1, case.shape.kv_heads, full, BLOCK, case.shape.size)
+        arrays: list[npt.NDArray[Any]] = []
+        meant = []
+        for one, axis in zip(operands.by_head, (-2, -1), strict=True):
+            codes, scale = quantize_block(one[:, :, : full * BLOCK].reshape(blocked), planes, axis)
+            arrays += [*pack(codes if axis == -2 else codes.swapaxes(-1, -2), planes), scale]
+            stands_for = dequantize_block(codes, scale, axis).reshape(1, case.shape.kv_heads, -1, case.shape.size)
+            meant.append(np.concatenate([stands_for, one[:, :, full * BLOCK :]], 2))
+        return _Blocks([aligned_copy(array) for array in arrays], operands.attend(*meant))
+
+
+def _attention(shape: HeadShape, layout: str, mask: str = "") -> Attention:
+    """Of keys and values that lie so."""
+    heads = (shape.heads, shape.kv_heads, shape.size, shape.size)
+    return Attention(*heads, shape.scale, key=layout, value=layout, mask=mask)
+
+
+def _causal_mask(case: Case) -> Floats:
+    """(1, 1, queries, keys), as a model gives it to attention."""
+    mask: Floats = aligned((1, 1, case.queries, case.keys), np.float32)
+    mask[0, 0][np.triu_indices(case.queries, case.keys - case.queries + 1, case.keys)] = -np.inf
+    return mask
+
+
+def _count(number: int) -> npt.NDArray[np.int32]:
+    return aligned((1,), np.int32, number)
+
+
+def _engine(
+    name: str, kernel: Any, inputs: Sequence[npt.NDArray[Any]], want: Exact, error_bound: float
+) -> AttentionEngine:
+    """Called with tensors that lie where the arrays do; its result is written where the last one did."""
+    out = aligned(inputs[0].shape, np.float32)
+    tensors = [tvm_ffi.from_dlpack(array) for array in (*inputs, out)]
+
+    def call() -> Floats:
+        kernel(*tensors)
+        return out
+
+    moved = sum(array.nbytes for array in (*inputs, out))
+    return AttentionEngine(name, call, lambda got: got, want, error_bound, moved)
