@@ -363,18 +363,20 @@ class _Append:
         def fill(n: Expr, stop: Expr) -> Stmt:
             """New tokens up to ``stop``, after n of the blocks are packed: the first one is behind the window then."""
             start = Select(n > 0, self.window + n * BLOCK - recent, index(0))
-            to = recent - n * BLOCK
-            return loop(
-                stop - start, lambda j: self._each(lambda part: part.take(at, to + start + j, start + j)), name="new"
-            )
+
+            def take(token: Expr) -> Stmt:
+                return self._each(lambda part: part.take(at, recent - n * BLOCK + token, token))
+
+            return loop(stop - start, lambda j: take(start + j), name="new")
+
+        def move(token: Expr) -> Stmt:
+            return self._each(lambda part: part.move(at, token))
 
         def block(n: Expr) -> Stmt:
             return sequence(
                 fill(n, self.window + (n + 1) * BLOCK - recent),
                 self._each(lambda part: part.pack([*at, first + n])),
-                loop(self.window, lambda j: self._each(lambda part: part.move(at, j)), name="moved")
-                if self.window
-                else [],
+                loop(self.window, move, name="moved") if self.window else [],
             )
 
         def bring_back(j: Expr) -> Stmt:
@@ -419,6 +421,8 @@ def append_tokens(
 
     The cache is what `attention_step` takes, from the key words on, and is changed in place. What lies in it behind
     ``full`` blocks and ``recent`` tokens is not read, so that it needs no more to be empty than zeros in these two.
+
+    A step after it may have one query, or as many as the window is long: of packed tokens it hides none.
 
     Parameters
     ----------
