@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from tvm_ternary.analysis.pictures import require_format, save_figure
 from tvm_ternary.bench.attention import AttentionMeasurement
+from tvm_ternary.bench.attention_peers import ATTENTION_PEERS
 from tvm_ternary.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANEL = (4.8, 3.6)
+_PANEL = (5.2, 3.6)
 _HALF = 0.5
 
 Group = tuple[str, int]
@@ -103,7 +104,8 @@ def _losses(group: Sequence[AttentionMeasurement]) -> Lines:
 def _draw(axes: Axes, lines: Lines, x: str, y: str, *, power: bool = True) -> None:
     axes.set(xlabel=x, ylabel=y, yscale="log")
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=name)
+        style = "--" if name in ATTENTION_PEERS else "-"
+        axes.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", markersize=4, label=name)
     ticks = sorted({at for points in lines.values() for at in points})
     if power and ticks:
         axes.set_xscale("log", base=2)
@@ -111,4 +113,5 @@ def _draw(axes: Axes, lines: Lines, x: str, y: str, *, power: bool = True) -> No
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.2)
     if lines:
-        axes.legend(frameon=False)
+        # Beside the lines, which cross all of a panel.
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
