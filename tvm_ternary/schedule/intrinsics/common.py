@@ -69,6 +69,13 @@ def llvm(name: str, dtype: str, *args: Any) -> Any:
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
 
 
+def prefetch(address: Any) -> tirx.Evaluate:
+    """Ask for the line at an address, to be read and kept; one that is not there is no fault."""
+    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+    intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+    return tirx.Evaluate(T.call_llvm_intrin("void", intrinsic, address, read, keep, data))
+
+
 def reading_ahead(emit: Emit) -> Emit:
     """Ask for the weights `_AHEAD` bytes further on, then do the block.
 
@@ -77,12 +84,10 @@ def reading_ahead(emit: Emit) -> Emit:
     """
 
     def ahead(weight: Any, x: Any, acc: Any) -> None:
-        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
-        read, keep, data = T.int32(0), T.int32(3), T.int32(1)
         lines = weight.shape[0] if len(weight.shape) == 2 else 1
         for line in range(int(lines)):
             first = [_AHEAD // _LINE + line, 0] if len(weight.shape) == 2 else [_AHEAD // 4]
-            B.evaluate(T.call_llvm_intrin("void", prefetch, T.address_of(weight[tuple(first)]), read, keep, data))
+            B.evaluate(prefetch(T.address_of(weight[tuple(first)])).value)
         emit(weight, x, acc)
 
     return ahead

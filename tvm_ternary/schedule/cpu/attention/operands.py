@@ -101,8 +101,11 @@ class Operands:
         return self.v[tuple(place(self.shape.value, batch, kv, key, d))]
 
     def mask_at(self, batch: Expr, head: Expr, query: Expr, key: Expr) -> Expr:
+        return self.mask[tuple(self.mask_place(batch, head, query, key))]
+
+    def mask_place(self, batch: Expr, head: Expr, query: Expr, key: Expr) -> list[Expr]:
         at = {"b": batch, "h": head, "m": query, "s": key}
-        return self.mask[tuple(at[axis] if axis in self.shape.mask else index(0) for axis in "bhms")]
+        return [at[axis] if axis in self.shape.mask else index(0) for axis in "bhms"]
 
     def store(self, batch: Expr, head: Expr, query: Expr, d: Expr, value: Expr) -> Stmt:
         return BufferStore(self.out, value, place(self.shape.out, batch, head, query, d))
@@ -156,9 +159,7 @@ def vectors(width: int, lanes: int, write: Callable[[Expr], Stmt]) -> Stmt:
 
 def elements(count: Expr, lanes: int, write: Callable[[Expr], Stmt]) -> Stmt:
     """One statement for each of so many elements: whole vectors, then one by one."""
-    known = static(count)
-    whole = tirx.floordiv(count, index(lanes)) if known is None else index(known // lanes)
-    rest = tirx.floormod(count, index(lanes)) if known is None else index(known % lanes)
+    whole, rest = (Analyzer().simplify(op(count, index(lanes))) for op in (tirx.floordiv, tirx.floormod))
     parts = [loop(whole, lambda n: vector(lanes, lambda lane: write(n * lanes + lane)), name="part")]
     if static(rest) != 0:
         parts.append(loop(rest, lambda n: write(whole * lanes + n), name="rest"))

@@ -25,11 +25,17 @@ from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, v
 from tvm_ternary.schedule.cpu.simd import Simd
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 from tvm_ternary.schedule.intrinsics import ByteDot
-from tvm_ternary.schedule.intrinsics.common import field, four_bytes
+from tvm_ternary.schedule.intrinsics.common import field, four_bytes, prefetch
 
 assert KEYS == BLOCK, "scores of a block have the place of a block of keys"
 
+SPAN = 4
+"""Blocks whose scores are turned into weights together: what is done once for them is folding across lanes."""
+
 _MOST = 127.0
+_MAGNITUDE = 0x7FFFFFFF
+# Added to a number of at most 2^22 it leaves the nearest whole number in the low bits.
+_ROUND, _ROUND_BITS = 12582912.0, 0x4B400000
 _TERMS = 16
 """Terms in a word of two bits: rows of what is multiplied are padded to a multiple."""
 
@@ -103,26 +109,30 @@ class Cache:
 
 
 class _Multiplied:
-    """Rows of floats, and the numbers of a block multiplied by them.
+    """Rows of floats, and the numbers of blocks multiplied by them.
 
     Parameters
     ----------
     name : str
-    rows, terms : int
+    rows : int
+    terms : int
+        Of a block.
+    blocks : int
+        The most whose products are summed.
     lanes : int
         Of a vector of float32.
     packed : Packed
     planes : int
     """
 
-    def __init__(self, name: str, rows: int, terms: int, lanes: int, packed: Packed, planes: int) -> None:
+    def __init__(self, name: str, rows: int, terms: int, blocks: int, lanes: int, packed: Packed, planes: int) -> None:
         self.rows, self.terms, self.lanes, self.dot, self.fields = rows, terms, lanes, packed.dot, digits(planes)
-        self.padded = -(-terms // _TERMS) * _TERMS
+        self.padded = -(-terms * blocks // _TERMS) * _TERMS
         self.largest = (3**planes - 1) // 2
         self.floats = buffer(f"{name}_floats", rows * self.padded)
         self.bytes = tirx.decl_buffer([index(rows * self.padded)], "int8", f"{name}_bytes")
         self.scale, self.total = buffer(f"{name}_scale", rows), buffer(f"{name}_total", rows)
-        self.buffers = [self.floats, self.scale, self.total, *([self.bytes] if packed.dot else [])]
+        self.buffers = [self.floats, *([self.bytes, self.scale, self.total] if packed.dot else [])]
 
     def clear(self) -> Stmt:
         """What is padded is zero, and stays it."""
@@ -130,64 +140,69 @@ class _Multiplied:
         bytes_ = [loop(self.rows * self.padded, lambda i: BufferStore(self.bytes, zero, [i]))] if self.dot else []
         return sequence(loop(self.rows * self.padded, lambda i: BufferStore(self.floats, ZERO, [i])), *bytes_)
 
-    def load(self, row: Expr, read: Callable[[Expr], Expr]) -> Stmt:
-        """Take a row, and round it."""
+    def load(self, row: Expr, count: Expr, read: Callable[[Expr], Expr]) -> Stmt:
+        """Take so many elements of a row, and round them."""
         start = row * self.padded
-        most, total = buffer("most", self.lanes), buffer("sum", self.lanes)
+        if not self.dot:
+            return elements(count, self.lanes, lambda j: BufferStore(self.floats, read(j), [start + j]))
+        most, total = (tirx.decl_buffer([index(self.lanes)], "int32", name) for name in ("most", "sum"))
         inverse = buffer("inverse", 1)
 
         def lane(j: Expr) -> Expr:
             return tirx.floormod(j, index(self.lanes))
 
         def take(j: Expr) -> Stmt:
-            x = self.floats[start + j]
+            # Magnitudes as whole numbers: what is no number is the largest.
+            magnitude = tirx.bitwise_and(tirx.reinterpret("int32", self.floats[start + j]), tirx.const(_MAGNITUDE))
             return sequence(
                 BufferStore(self.floats, read(j), [start + j]),
-                BufferStore(most, tirx.max(most[lane(j)], tirx.abs(x)), [lane(j)]),
-                BufferStore(total, total[lane(j)] + x, [lane(j)]),
+                BufferStore(most, tirx.max(most[lane(j)], magnitude), [lane(j)]),
             )
 
         def rounded(j: Expr) -> Stmt:
-            x = tirx.nearbyint(self.floats[start + j] * inverse[0])
-            # A number that is none has no byte; the scale carries it on.
-            x = Select(tirx.EQ(x, x), x, ZERO)
+            moved = self.floats[start + j] * inverse[0] + tirx.const(_ROUND, "float32")
+            number = tirx.reinterpret("int32", moved)
             return sequence(
-                BufferStore(self.bytes, x.astype("int8"), [start + j]),
-                BufferStore(total, total[lane(j)] + x, [lane(j)]),
+                BufferStore(self.bytes, number.astype("int8"), [start + j]),
+                BufferStore(total, total[lane(j)] + (number - tirx.const(_ROUND_BITS)), [lane(j)]),
             )
 
         def clear(one: Var) -> Stmt:
-            return vector(self.lanes, lambda i: BufferStore(one, ZERO, [i]))
+            return vector(self.lanes, lambda i: BufferStore(one, tirx.const(0), [i]))
 
-        def add(a: Expr, b: Expr) -> Expr:
-            return a + b
-
-        parts = [clear(most), clear(total), elements(index(self.terms), self.lanes, take)]
-        if self.dot:
-            some = most[0] > ZERO
-            parts += [
-                across(most, self.lanes, tirx.max),
-                across(total, self.lanes, add),
-                BufferStore(inverse, Select(some, tirx.const(_MOST, "float32") / most[0], ZERO), [0]),
-                # Zero, unless an element is not finite: then NaN.
-                BufferStore(self.scale, most[0] * tirx.const(1 / _MOST, "float32") + total[0] * ZERO, [row]),
-                clear(total),
-                elements(index(self.terms), self.lanes, rounded),
-            ]
-        parts += [across(total, self.lanes, add), BufferStore(self.total, total[0], [row])]
-        return scope("rounded", sequence(parts), [most, total, inverse])
+        largest = tirx.reinterpret("float32", most[0])
+        body = sequence(
+            clear(most),
+            elements(count, self.lanes, take),
+            across(most, self.lanes, tirx.max),
+            BufferStore(inverse, Select(largest > ZERO, tirx.const(_MOST, "float32") / largest, ZERO), [0]),
+            BufferStore(self.scale, largest * tirx.const(1 / _MOST, "float32"), [row]),
+            clear(total),
+            elements(count, self.lanes, rounded),
+            across(total, self.lanes, lambda a, b: a + b),
+            BufferStore(self.total, total[0].astype("float32"), [row]),
+        )
+        return scope("rounded", body, [most, total, inverse])
 
     def multiply(
-        self, words: Sequence[Var], at: Sequence[Expr], groups: int, registers: int, store: Callable[..., list[Stmt]]
+        self,
+        words: Sequence[Var],
+        at: Callable[[Expr], list[Expr]],
+        blocks: Expr,
+        groups: int,
+        registers: int,
+        store: Callable[..., list[Stmt]],
     ) -> Stmt:
-        """The product of all rows with all groups of sixteen rows of a block.
+        """The product of all rows with all groups of sixteen rows of some blocks, summed over these.
 
         Parameters
         ----------
         words : sequence of Var
             One for each of `digits`.
-        at : sequence of Expr
-            Which block.
+        at : callable
+            Gives the place of the n-th block.
+        blocks : Expr
+            How many.
         groups : int
         registers : int
             Of the vector unit.
@@ -197,41 +212,56 @@ class _Multiplied:
         lanes = self.dot.lanes if self.dot else self.lanes
         # Sums beside each other hide the latency of adding to one; more than half of the registers would spill.
         at_once = max(1, registers // 2 * lanes // (LANES * self.rows))
-        parts = [
-            self._together(words, at, range(first, min(first + at_once, groups)), lanes, store)
-            for first in range(0, groups, at_once)
-        ]
-        return sequence(parts)
-
-    def _together(
-        self, words: Sequence[Var], at: Sequence[Expr], groups: range, lanes: int, store: Callable[..., list[Stmt]]
-    ) -> Stmt:
         dtype = "int32" if self.dot else "float32"
-        places = [(row, group, part) for row in range(self.rows) for group in groups for part in range(0, LANES, lanes)]
-        sums = [tirx.decl_buffer([index(lanes)], dtype, f"acc{n}") for n in range(len(places))]
+
+        def together(part: range) -> Stmt:
+            places = [(row, group, n) for row in range(self.rows) for group in part for n in range(0, LANES, lanes)]
+            sums = [(tirx.decl_buffer([index(lanes)], dtype, f"acc{n}"), *place) for n, place in enumerate(places)]
+            zero = T.Broadcast(tirx.const(0, dtype), lanes)
+            body = [BufferStore(acc, zero, [Ramp(0, 1, lanes)]) for acc, *_ in sums]
+            for fields, array in zip(self.fields, words, strict=True):
+                if fields.first:
+                    more = T.Broadcast(tirx.const(3**fields.count, dtype), lanes)
+                    body += [BufferStore(acc, _load(acc, lanes) * more, [Ramp(0, 1, lanes)]) for acc, *_ in sums]
+                body.append(self._add(sums, lanes, fields, array, at, blocks))
+            for acc, row, group, n in sums:
+                body += store(row, group * LANES + n, lanes, self._finished(acc, lanes, row))
+            return scope("products", sequence(body), [acc for acc, *_ in sums])
+
+        return sequence([together(range(n, min(n + at_once, groups))) for n in range(0, groups, at_once)])
+
+    def _add(
+        self,
+        sums: list[tuple[Var, int, int, int]],
+        lanes: int,
+        fields: Digits,
+        array: Var,
+        at: Callable[[Expr], list[Expr]],
+        blocks: Expr,
+    ) -> Stmt:
+        """Add the products with one of the arrays of words."""
         step = self._bytes if self.dot else self._numbers
-        zero = T.Broadcast(tirx.const(0, dtype), lanes)
-        body = [BufferStore(acc, zero, [Ramp(0, 1, lanes)]) for acc in sums]
-        for part, array in zip(self.fields, words, strict=True):
-            if part.first:
-                three = T.Broadcast(tirx.const(3**part.count, dtype), lanes)
-                body += [BufferStore(acc, _load(acc, lanes) * three, [Ramp(0, 1, lanes)]) for acc in sums]
-            count = -(-self.terms // part.terms)
-            body.append(
-                loop(
-                    count,
-                    lambda w, part=part, array=array: sequence(  # type: ignore[misc]
-                        [
-                            step(acc, lanes, part, array, [*at, index(group), w], row, start)
-                            for acc, (row, group, start) in zip(sums, places, strict=True)
-                        ]
-                    ),
-                    name="word",
-                )
+
+        def word(block: Expr, w: Expr) -> Stmt:
+            first = block * self.terms + w * fields.terms
+            ahead = [[*at(block + 1), index(group), w, 0] for group in dict.fromkeys(group for _, _, group, _ in sums)]
+            return sequence(
+                # A block is a page or less, and what a CPU reads ahead by itself ends with a page.
+                [prefetch(T.address_of(array[tuple(place)])) for place in ahead],
+                [
+                    step(
+                        acc,
+                        lanes,
+                        fields,
+                        array.vload([*at(block), index(group), w, n], f"uint32x{lanes}"),
+                        row * self.padded + first,
+                    )
+                    for acc, row, group, n in sums
+                ],
             )
-        for acc, (row, group, start) in zip(sums, places, strict=True):
-            body += store(row, group * LANES + start, lanes, self._finished(acc, lanes, row))
-        return scope("products", sequence(body), sums)
+
+        count = -(-self.terms // fields.terms)
+        return loop(blocks, lambda block: loop(count, lambda w: word(block, w), name="word"), name="block")
 
     def _finished(self, acc: Var, lanes: int, row: int) -> Expr:
         total = _load(acc, lanes)
@@ -240,26 +270,23 @@ class _Multiplied:
         away = tirx.const(self.largest, "float32") * self.total[row]
         return (T.Cast(f"float32x{lanes}", total) - T.Broadcast(away, lanes)) * T.Broadcast(self.scale[row], lanes)
 
-    def _bytes(self, acc: Var, lanes: int, part: Digits, array: Var, at: list[Expr], row: int, start: int) -> Stmt:
+    def _bytes(self, acc: Var, lanes: int, fields: Digits, words: Expr, first: Expr) -> Stmt:
         """One word of each lane: its fields are bytes once they are shifted down."""
         assert self.dot is not None
-        words = array.vload([*at, start], f"uint32x{lanes}")
         total = _load(acc, lanes)
-        mask = 0x01010101 * (2**part.bits - 1)
-        for j in range(part.terms // 4):
-            bytes_ = T.reinterpret(field(words, part.bits * j, mask, lanes), dtype=f"uint8x{4 * lanes}")
-            first = row * self.padded + at[-1] * part.terms + 4 * j
-            total = self.dot.add(total, bytes_, four_bytes(self.bytes, first, lanes))
+        mask = 0x01010101 * (2**fields.bits - 1)
+        for j in range(fields.terms // 4):
+            bytes_ = T.reinterpret(field(words, fields.bits * j, mask, lanes), dtype=f"uint8x{4 * lanes}")
+            total = self.dot.add(total, bytes_, four_bytes(self.bytes, first + 4 * j, lanes))
         return BufferStore(acc, total, [Ramp(0, 1, lanes)])
 
-    def _numbers(self, acc: Var, lanes: int, part: Digits, array: Var, at: list[Expr], row: int, start: int) -> Stmt:
-        words = array.vload([*at, start], f"uint32x{lanes}")
+    def _numbers(self, acc: Var, lanes: int, fields: Digits, words: Expr, first: Expr) -> Stmt:
         total = _load(acc, lanes)
-        for term in range(part.terms):
-            shift = 8 * (term % 4) + part.bits * (term // 4)
-            number = T.reinterpret(field(words, shift, 2**part.bits - 1, lanes), dtype=f"int32x{lanes}")
-            number = number - T.Broadcast(T.int32(part.offset), lanes)
-            x = self.floats[row * self.padded + at[-1] * part.terms + term]
+        for term in range(fields.terms):
+            shift = 8 * (term % 4) + fields.bits * (term // 4)
+            number = T.reinterpret(field(words, shift, 2**fields.bits - 1, lanes), dtype=f"int32x{lanes}")
+            number = number - T.Broadcast(T.int32(fields.offset), lanes)
+            x = self.floats[first + term]
             total = total + T.Cast(f"float32x{lanes}", number) * T.Broadcast(x, lanes)
         return BufferStore(acc, total, [Ramp(0, 1, lanes)])
 
@@ -275,8 +302,9 @@ class FewPacked(Few):
         super().__init__(on, batch, kv, first, join=False)
         self.cache = cache
         shape, packed = self.shape, cache.packed
-        self.asked = _Multiplied("q", self.rows, shape.size, self.lanes, packed, packed.key_planes)
-        self.weights = _Multiplied("p", self.rows, BLOCK, self.lanes, packed, packed.value_planes)
+        self.asked = _Multiplied("q", self.rows, shape.size, 1, self.lanes, packed, packed.key_planes)
+        self.weights = _Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed, packed.value_planes)
+        self.scores = buffer("scores", self.rows, SPAN * BLOCK)
 
     def write(self) -> Stmt:
         """All keys for these rows."""
@@ -288,7 +316,12 @@ class FewPacked(Few):
         recent = self.cache.recent[self.batch].astype("int64")
         count = tirx.floordiv(recent + (KEYS - 1), index(KEYS))
         tail = loop(count, lambda n: block(n * KEYS, tirx.min(index(KEYS), recent - n * KEYS)), name="block")
-        return sequence(loop(full, self._packed_block, name="packed"), tail)
+        spans = tirx.floordiv(full + (SPAN - 1), index(SPAN))
+
+        def span(n: Expr) -> Stmt:
+            return self._span(n * SPAN, tirx.min(index(SPAN), full - n * SPAN))
+
+        return sequence(loop(spans, span, name="span"), tail)
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
         """The last tokens are those that ask: none sees one behind it."""
@@ -297,39 +330,62 @@ class FewPacked(Few):
         seen = key <= recent - self.on.queries + query
         return Select(seen, score, tirx.const(float("-inf"), "float32"))
 
-    def _packed_block(self, n: Expr) -> Stmt:
-        at = [self.batch, self.kv, n]
-        cache, registers = self.cache, self.on.simd.registers
-
-        def ask(row: Expr) -> Stmt:
-            return self.asked.load(row, lambda d: self.q[row, d] * cache.key_scale[(*at, d)])
+    def _span(self, first: Expr, count: Expr) -> Stmt:
+        """Some blocks: scores one by one, then weights and values of all."""
+        tokens = count * BLOCK
+        value_groups = -(-self.shape.value_size // LANES)
 
         def weigh(row: Expr) -> Stmt:
-            return self.weights.load(row, lambda j: self.scores[row, j] * cache.value_scale[(*at, j)])
+            # The scales of the blocks lie one behind the other, so the token's number may go beyond its block.
+            scale = self.cache.value_scale
+            return self.weights.load(row, tokens, lambda j: self.scores[row, j] * scale[self.batch, self.kv, first, j])
 
-        def score(row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
-            return [BufferStore(self.scores, value, [row, Ramp(start, 1, lanes)])]
+        return sequence(
+            loop(count, lambda n: self._scores_of(first + n, n * BLOCK), name="block"),
+            loop(self.rows, lambda row: self._softmax(row, tokens), name="row"),
+            loop(self.rows, weigh, name="row"),
+            self.weights.multiply(
+                self.cache.values,
+                lambda n: [self.batch, self.kv, first + n],
+                count,
+                value_groups,
+                self.on.simd.registers,
+                self._add_values,
+            ),
+        )
 
-        def add(row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
-            fade, room = self.state["fade"][row], self.shape.value_size - start
-            if room >= lanes:
-                old = self.o.vload([row, start], f"float32x{lanes}")
-                return [BufferStore(self.o, old * T.Broadcast(fade, lanes) + value, [row, Ramp(start, 1, lanes)])]
-            spare = buffer("spare", lanes)
-            keep = [
-                BufferStore(self.o, self.o[row, start + i] * fade + spare[i], [row, start + i]) for i in range(room)
-            ]
-            whole = sequence(BufferStore(spare, value, [Ramp(0, 1, lanes)]), keep) if keep else None
-            return [scope("ragged", whole, [spare])] if whole else []
+    def _scores_of(self, block: Expr, place: Expr) -> Stmt:
+        at = [self.batch, self.kv, block]
 
-        value_groups = -(-self.shape.value_size // LANES)
+        def ask(row: Expr) -> Stmt:
+            scale = self.cache.key_scale
+            return self.asked.load(row, index(self.shape.size), lambda d: self.q[row, d] * scale[(*at, d)])
+
+        def store(row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
+            return [BufferStore(self.scores, value, [row, Ramp(place + start, 1, lanes)])]
+
         return sequence(
             loop(self.rows, ask, name="row"),
-            self.asked.multiply(cache.keys, at, BLOCK // LANES, registers, score),
-            loop(self.rows, lambda row: self._softmax(row, index(BLOCK)), name="row"),
-            loop(self.rows, weigh, name="row"),
-            self.weights.multiply(cache.values, at, value_groups, registers, add),
+            self.asked.multiply(
+                self.cache.keys,
+                lambda n: [self.batch, self.kv, block + n],
+                index(1),
+                BLOCK // LANES,
+                self.on.simd.registers,
+                store,
+            ),
         )
+
+    def _add_values(self, row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
+        fade, room = self.state["fade"][row], self.shape.value_size - start
+        if room >= lanes:
+            old = self.o.vload([row, start], f"float32x{lanes}")
+            return [BufferStore(self.o, old * T.Broadcast(fade, lanes) + value, [row, Ramp(start, 1, lanes)])]
+        if room <= 0:
+            return []
+        spare = buffer("spare", lanes)
+        keep = [BufferStore(self.o, self.o[row, start + i] * fade + spare[i], [row, start + i]) for i in range(room)]
+        return [scope("ragged", sequence(BufferStore(spare, value, [Ramp(0, 1, lanes)]), keep), [spare])]
 
 
 def attention_step(shape: Attention, packed: Packed, lengths: tuple[int | None, ...], simd: Simd) -> PrimFunc:
