@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import tvm
 from scipy import special
-from tvm import relax
+from tvm import relax, tirx
+from tvm.ir import Expr
+from tvm.tirx import BufferStore, PrimFunc, Stmt
 
-from tests.schedule.cpu.graphs import Array, compile_graph, make_graph, tensor
+from tests.schedule.cpu.graphs import TIERS, Array, compile_graph, make_graph, tensor
 from tvm_ternary.graph.fuse import lower_graph_ops
 from tvm_ternary.schedule.cpu import schedule_module
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, vector
+from tvm_ternary.schedule.cpu.vector_math import exp_to_one
 from tvm_ternary.target import resolve
 
 op = relax.op
@@ -46,6 +50,35 @@ def test_exp_is_within_2e_7(tier: str) -> None:
     assert np.max(np.abs(result[normal] - exact[normal]) / exact[normal]) <= 2e-7
     assert np.max(result[exact < TINY * (1 - 1e-6)]) == 0.0
     assert np.all(np.isposinf(result[exact > LARGEST * (1 + 1e-6)]))
+
+
+def test_exp_to_one_is_within_2e_7(tier: str) -> None:
+    """No number above zero comes; a NaN stays one."""
+    some = every_magnitude()
+    x = np.append(np.concatenate([some[some <= 0], EDGES[EDGES <= 0], np.linspace(-87.34, -87.3, 1000)]), -np.inf)
+    x = np.resize(x, -(-len(x) // 16) * 16).astype(np.float32)
+    x[-1] = np.nan
+    result, exact = run_nest(tier, exp_to_one, x), np.exp(x.astype(np.float64))
+    normal = exact >= TINY
+    assert np.max(np.abs(result[normal] - exact[normal]) / exact[normal]) <= 2e-7
+    assert np.max(result[exact < TINY * (1 - 1e-6)]) == 0.0
+    assert np.isnan(result[-1])
+    assert np.isfinite(result[:-1]).all()
+
+
+def run_nest(tier: str, function: Callable[[Expr], Expr], x: Array) -> Array:
+    """A function of one element, of so many of them."""
+    args = [tirx.decl_buffer([index(x.size)], "float32", name) for name in ("x", "y")]
+
+    def strip(n: Expr) -> Stmt:
+        return vector(16, lambda lane: BufferStore(args[1], function(args[0][n * 16 + lane]), [n * 16 + lane]))
+
+    nest = PrimFunc(args, scope("root", loop(x.size // 16, strip))).with_attr("global_symbol", "main")
+    target = tvm.target.Target(resolve(TIERS[tier]).tvm)
+    tensors = [tvm.runtime.tensor(one) for one in (x, np.empty_like(x))]
+    tvm.compile(tvm.IRModule({"main": nest.with_attr("tirx.is_scheduled", True)}), target)["main"](*tensors)
+    result: Array = tensors[1].numpy()
+    return result
 
 
 def test_erf_is_within_5e_7(tier: str) -> None:

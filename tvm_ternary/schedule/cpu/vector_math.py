@@ -2,8 +2,8 @@
 
 LLVM lowers these to calls into the scalar maths library, one element at a time. Here they become additions,
 multiplications and integer shifts, which any CPU does on whole vectors. Bounds that the tests hold, against float64 and
-over all of float32: `exp` 2e-7 relative (zero where the result would be denormal), `erf` 5e-7 absolute, `tanh` 4e-7
-relative, `sigmoid` 4e-7 relative where the result is at least 1e-37.
+over all of float32: `exp` and `exp_to_one` 2e-7 relative (zero where the result would be denormal), `erf` 5e-7
+absolute, `tanh` 4e-7 relative, `sigmoid` 4e-7 relative where the result is at least 1e-37.
 
 References
 ----------
@@ -99,6 +99,11 @@ def _power_of_two(n: Expr) -> Expr:
     return tirx.reinterpret("float32", (n + _i32(127)) << _i32(23))
 
 
+def _polynomial(r: Expr) -> Expr:
+    """e to the r of at most half of ln 2."""
+    return _horner(r, EXP) * (r * r) + r + _f32(1.0)
+
+
 def exp(x: Expr) -> Expr:
     """e to the x: x = n ln 2 + r, a polynomial in r, times 2 to the n."""
 
@@ -106,20 +111,36 @@ def exp(x: Expr) -> Expr:
         # In two factors, for 2 to the 128 is no float while the product may be one.
         return _let(n >> _i32(1), lambda half: value * _power_of_two(half) * _power_of_two(n - half), "int32")
 
-    def polynomial(r: Expr) -> Expr:
-        return _horner(r, EXP) * (r * r) + r + _f32(1.0)
-
     def reduced(x: Expr, rounded: Expr) -> Expr:
         n = tirx.reinterpret("int32", rounded) - _i32(ROUND_BITS)
         whole = rounded - _f32(ROUND)
         remainder = x - whole * _f32(LN2_HIGH) - whole * _f32(LN2_LOW)
-        return _let(n, lambda n: scaled(n, _let(remainder, polynomial)), "int32")
+        return _let(n, lambda n: scaled(n, _let(remainder, _polynomial)), "int32")
 
     def within(x: Expr) -> Expr:
         return _let(x * _f32(LOG2E) + _f32(ROUND), lambda rounded: reduced(x, rounded))
 
     def whole_range(x: Expr) -> Expr:
         return Select(x < _f32(EXP_LOW), _f32(0.0), _let(_clamp(x, EXP_LOW, EXP_HIGH), within))
+
+    return _let(x, whole_range)
+
+
+def exp_to_one(x: Expr) -> Expr:
+    """`exp` for x that is not above 0, as softmax has it: no bound above, and 2 to the n is one factor.
+
+    The nearest integer comes with the bias of an exponent, so that a shift makes it a power of two.
+    """
+    biased = ROUND + 127
+
+    def within(x: Expr, rounded: Expr) -> Expr:
+        whole = rounded - _f32(biased)
+        power = tirx.reinterpret("float32", tirx.reinterpret("int32", rounded) << _i32(23))
+        remainder = x - whole * _f32(LN2_HIGH) - whole * _f32(LN2_LOW)
+        return _let(remainder, _polynomial) * power
+
+    def whole_range(x: Expr) -> Expr:
+        return Select(x < _f32(EXP_LOW), _f32(0.0), _let(x * _f32(LOG2E) + _f32(biased), lambda n: within(x, n)))
 
     return _let(x, whole_range)
 

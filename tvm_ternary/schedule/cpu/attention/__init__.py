@@ -8,7 +8,8 @@ In a step the keys of the past are joined with the new ones while they are read 
 
 Keys come in blocks. With the largest score m of all keys so far, the sum l of exp(s - m) and the sum o of
 exp(s - m) v, a block whose largest score is m' turns them into exp(m - m'') l + ..., m'' the larger one; in the end
-o / l is the result. A block of keys that the mask hides from all queries of a tile costs reading its mask.
+o / l is the result. A block of keys that the mask hides from all queries of a tile costs reading its mask, once for all
+heads that share it.
 
 References
 ----------
@@ -26,7 +27,7 @@ from tvm.tirx import IfThenElse, PrimFunc, Stmt, Var
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.schedule.cpu.attention.few import FEW, Few, tile_rows
 from tvm_ternary.schedule.cpu.attention.join import join_all
-from tvm_ternary.schedule.cpu.attention.many import Many, Tile
+from tvm_ternary.schedule.cpu.attention.many import Many, over_tiles
 from tvm_ternary.schedule.cpu.attention.operands import KEYS, Operands, tiles
 from tvm_ternary.schedule.cpu.nest import index, scope, sequence, space, static
 from tvm_ternary.schedule.cpu.simd import Simd
@@ -88,8 +89,7 @@ def _by_queries(on: Operands) -> Stmt:
 def _many(on: Operands, vectors: int) -> Stmt:
     width = vectors * on.lanes
     work = on.keys * (width * (on.shape.size + on.shape.value_size) // 4)
-    extents = [on.batch, index(on.shape.heads), tiles(on.queries, width)]
-    return space(extents, work, lambda at: Many(on, Tile(at[0], at[1], at[2] * width, vectors)).write())
+    return over_tiles(on, vectors, work, lambda tile, extremes: Many(on, tile, extremes).write())
 
 
 def _few(on: Operands, *, join: bool = False) -> Stmt:

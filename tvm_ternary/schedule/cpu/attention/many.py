@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.tirx import BufferStore, IfThenElse, Select, Stmt, Var
+from tvm.script import tirx as T
+from tvm.sym import Analyzer
+from tvm.tirx import BufferStore, IfThenElse, Ramp, Select, Stmt, Var
 
 from tvm_ternary.schedule.cpu.attention.operands import (
     KEYS,
@@ -17,14 +19,20 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     across,
     buffer,
     inverse,
+    place,
     tiles,
     vectors,
     zeros,
 )
-from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, strips, vector
+from tvm_ternary.schedule.cpu.attention.transpose import transposed
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, strips, vector
+from tvm_ternary.schedule.cpu.vector_math import exp_to_one
 
 HIDDEN = -1e30
 """Masks from here down hide a key, and scores are above it: any sum of the two is below all other scores."""
+
+Wide = tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr, Expr], Stmt]]
+"""How a square of elements is read and kept, see `Many`."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,76 @@ class Tile:
     vectors: int
 
 
+class Extremes:
+    """The least and the most that a mask of queries and keys adds in a block, for each tile of queries.
+
+    They are found before all tiles, since heads share most masks.
+    """
+
+    def __init__(self, on: Operands, width: int) -> None:
+        self.on, self.width = on, width
+        kinds = {"b": on.batch, "h": index(on.shape.heads)}
+        outer = [kinds[axis] if axis in on.shape.mask else index(1) for axis in "bh"]
+        self.extents = [*outer, tiles(on.queries, width), tiles(on.keys, KEYS)]
+        self.found = tirx.decl_buffer([*self.extents, index(2)], "float32", "extremes")
+
+    def of(self, tile: Tile, first: Expr) -> tuple[Expr, Expr]:
+        """Least and most for a tile in the block that begins with key ``first``."""
+        batch, head = (
+            at if axis in self.on.shape.mask else index(0) for axis, at in (("b", tile.batch), ("h", tile.head))
+        )
+        at = [batch, head, tirx.floordiv(tile.first, index(self.width)), tirx.floordiv(first, index(KEYS))]
+        return self.found[(*at, 0)], self.found[(*at, 1)]
+
+    def find(self) -> Stmt:
+        """Read all of the mask."""
+        return space(self.extents, self.width * KEYS // 4, self._look)
+
+    def _look(self, at: list[Expr]) -> Stmt:
+        on, lanes = self.on, self.on.lanes
+        batch, head, tile, block = at
+        least, most = buffer("least", lanes), buffer("most", lanes)
+        first = block * KEYS
+        queries = tirx.min(index(self.width), on.queries - tile * self.width)
+        count = tirx.min(index(KEYS), on.keys - first) if "s" in on.shape.mask else index(1)
+
+        def row(n: Expr) -> Stmt:
+            def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
+                def one(lane: Expr) -> Stmt:
+                    item = on.mask_at(batch, head, tile * self.width + n, first + base + lane)
+                    return sequence(
+                        BufferStore(least, tirx.min(least[lane], item), [lane]),
+                        BufferStore(most, tirx.max(most[lane], item), [lane]),
+                    )
+
+                return vector(width, one)
+
+            return sequence(strips(count, lanes, strip))
+
+        infinity = tirx.const(float("inf"), "float32")
+        start = [
+            vector(lanes, lambda lane: BufferStore(least, infinity, [lane])),
+            vector(lanes, lambda lane: BufferStore(most, NOTHING, [lane])),
+        ]
+        folds = [across(least, lanes, tirx.min), across(most, lanes, tirx.max)]
+        keep = [BufferStore(self.found, one[0], [*at, index(n)]) for n, one in enumerate((least, most))]
+        return scope("look", sequence(start, loop(queries, row, name="query"), *folds, keep), [least, most])
+
+
+def over_tiles(on: Operands, vectors: int, work: Expr, write: Callable[[Tile, Extremes | None], Stmt]) -> Stmt:
+    """All tiles of so many vectors of queries; ``work`` is that of one of them."""
+    width = vectors * on.lanes
+    extremes = Extremes(on, width) if "m" in on.shape.mask else None
+    extents = [on.batch, index(on.shape.heads), tiles(on.queries, width)]
+    body = space(extents, work, lambda at: write(Tile(at[0], at[1], at[2] * width, vectors), extremes))
+    return body if extremes is None else scope("masks", sequence(extremes.find(), body), [extremes.found])
+
+
 class Many:
     """A tile of queries, transposed: element by query, so that what is read along the lanes is contiguous."""
 
-    def __init__(self, on: Operands, tile: Tile) -> None:
-        self.on, self.tile, self.shape = on, tile, on.shape
+    def __init__(self, on: Operands, tile: Tile, extremes: Extremes | None) -> None:
+        self.on, self.tile, self.shape, self.extremes = on, tile, on.shape, extremes
         self.lanes, self.rows = on.lanes, on.rows
         self.width = tile.vectors * on.lanes
         self.kv = tirx.floordiv(tile.head, index(self.shape.group)) if self.shape.group > 1 else tile.head
@@ -61,8 +134,11 @@ class Many:
             loop(self.shape.value_size, lambda d: self._fill(lambda c: BufferStore(o, ZERO, [d, c])), name="d"),
             self._load_queries(),
         ]
-        body = sequence(*start, self.on.blocks(self._block), self._store())
+        body = sequence(*start, self._over_keys(), self._store())
         return scope("tile", body, [*self.buffers.values(), *state.values()])
+
+    def _over_keys(self) -> Stmt:
+        return self.on.blocks(lambda first, count: self._block(first, count, self._scores(first, count)))
 
     def _fill(self, write: Callable[[Expr], Stmt]) -> Stmt:
         """One statement for each vector of the tile; ``write`` gets the column."""
@@ -72,98 +148,113 @@ class Many:
         return tirx.min(self.tile.first + column, self.on.queries - 1)
 
     def _load_queries(self) -> Stmt:
+        on, tile, layout = self.on, self.tile, self.shape.query
         scale = tirx.const(self.shape.scale, "float32")
 
-        def one(column: Expr) -> Stmt:
-            query = self._query(column)
-            return loop(
-                self.shape.size,
-                lambda d: BufferStore(
-                    self.buffers["q"],
-                    self.on.query_at(self.tile.batch, self.tile.head, query, d) * scale,
-                    [d, column],
-                ),
-                name="d",
-            )
+        def one(column: Expr, d: Expr) -> Stmt:
+            x = on.query_at(tile.batch, tile.head, self._query(column), d)
+            return BufferStore(self.buffers["q"], x * scale, [d, column])
 
-        return loop(self.width, one, name="column")
+        def row(column: Expr, d: Expr) -> Expr:
+            return on.q.vload(place(layout, tile.batch, tile.head, self._query(column), d), self._vector)
 
-    def _block(self, first: Expr, count: Expr) -> Stmt:
-        work = sequence(self._scores(first, count), self._softmax(count), self._values(first, count))
+        def keep(d: Expr, column: Expr, x: Expr) -> Stmt:
+            return BufferStore(self.buffers["q"], x * T.Broadcast(scale, self.lanes), [d, self._lanes_from(column)])
+
+        return self._turned(index(self.shape.size), one, (row, keep) if layout[-1] == "d" else None)
+
+    @property
+    def _vector(self) -> str:
+        return f"float32x{self.lanes}"
+
+    def _lanes_from(self, column: Expr) -> Ramp:
+        return Ramp(column, 1, self.lanes)
+
+    def _turned(self, extent: Expr, one: Callable[[Expr, Expr], Stmt], wide: Wide | None) -> Stmt:
+        """Take ``extent`` elements of all queries, a square of them at once where a query's lie side by side.
+
+        Parameters
+        ----------
+        extent : Expr
+        one : callable (column, element) -> Stmt
+            Takes one.
+        wide : pair of callables, or None where they lie apart
+            (column, element) -> a vector of a query's elements, and (element, column, a vector of queries) -> Stmt.
+        """
+        lanes = self.lanes
+
+        def rest(column: Expr, start: Expr) -> Stmt:
+            return loop(extent - start, lambda n: one(column, start + n), name="element")
+
+        if wide is None:
+            return loop(self.width, lambda column: rest(column, index(0)), name="column")
+        row, keep = wide
+        whole = tirx.floordiv(extent, index(lanes))
+
+        def square(column: Expr, element: Expr) -> Stmt:
+            return self._square(lambda i: row(column + i, element), lambda i, x: keep(element + i, column, x))
+
+        def group(column: Expr) -> Stmt:
+            return loop(whole, lambda n: square(column, n * lanes), name="square")
+
+        squares = loop(self.width // lanes, lambda g: group(g * lanes), name="group")
+        if static(Analyzer().simplify(extent - whole * lanes)) == 0:
+            return squares
+        return sequence(squares, loop(self.width, lambda column: rest(column, whole * lanes), name="column"))
+
+    def _square(self, row: Callable[[int], Expr], keep: Callable[[int, Expr], Stmt]) -> Stmt:
+        """Turn as many vectors as they have lanes."""
+        square = buffer("square", self.lanes, self.lanes)
+        loads = [BufferStore(square, row(i), [i, self._lanes_from(index(0))]) for i in range(self.lanes)]
+        columns = transposed([square.vload([i, 0], self._vector) for i in range(self.lanes)])
+        return scope("square", sequence(loads, [keep(i, x) for i, x in enumerate(columns)]), [square])
+
+    def _block(self, first: Expr, count: Expr, scores: Stmt) -> Stmt:
+        """Weigh and add the values of a block whose ``scores`` are to be computed so, unless it is hidden."""
+        work = sequence(scores, self._softmax(count), self._values(first, count))
         if not self.by_query:
             return work
-        flags = buffer("flags", 3)
-        return scope(
-            "masked", sequence(self._look(first, count, flags), self._unless_hidden(flags, first, count, work)), [flags]
-        )
+        low = buffer("low", self.lanes)
+        return scope("masked", sequence(self._lowest_peak(low), self._unless_hidden(low, first, count, work)), [low])
 
-    def _look(self, first: Expr, count: Expr, flags: Var) -> Stmt:
-        """The largest and the smallest of the block's mask, and the smallest peak so far."""
-        most, least, low = (buffer(name, self.lanes) for name in ("most", "least", "low"))
-        peak = self.state["peak"]
-
-        def row(column: Expr) -> Stmt:
-            def value(key: Expr) -> Expr:
-                return self.on.mask_at(self.tile.batch, self.tile.head, self._query(column), first + key)
-
-            def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
-                def at(lane: Expr) -> Stmt:
-                    item = value(base + lane)
-                    return sequence(
-                        BufferStore(most, tirx.max(most[lane], item), [lane]),
-                        BufferStore(least, tirx.min(least[lane], item), [lane]),
-                    )
-
-                return vector(width, at)
-
-            return sequence(strips(count, self.lanes, strip))
-
-        start = [
-            vector(self.lanes, lambda lane: BufferStore(most, NOTHING, [lane])),
-            vector(self.lanes, lambda lane: BufferStore(least, tirx.const(float("inf"), "float32"), [lane])),
-            vector(self.lanes, lambda lane: BufferStore(low, peak[lane], [lane])),
-        ]
+    def _lowest_peak(self, low: Var) -> Stmt:
+        peak, lanes = self.state["peak"], self.lanes
 
         def lower(at: int) -> Stmt:
-            return vector(self.lanes, lambda lane: BufferStore(low, tirx.min(low[lane], peak[lane + at]), [lane]))
+            return vector(lanes, lambda lane: BufferStore(low, tirx.min(low[lane], peak[lane + at]), [lane]))
 
-        lows = [lower(at) for at in range(self.lanes, self.width, self.lanes)]
-        folds = [
-            across(most, self.lanes, tirx.max),
-            across(least, self.lanes, tirx.min),
-            across(low, self.lanes, tirx.min),
-        ]
-        keep = [BufferStore(flags, one[0], [n]) for n, one in enumerate((most, least, low))]
-        return scope(
-            "look",
-            sequence(start, lows, loop(self.width, row, name="column"), *folds, keep),
-            [most, least, low],
-        )
+        start = vector(lanes, lambda lane: BufferStore(low, peak[lane], [lane]))
+        return sequence(start, [lower(at) for at in range(lanes, self.width, lanes)], across(low, lanes, tirx.min))
 
-    def _unless_hidden(self, flags: Var, first: Expr, count: Expr, work: Stmt) -> Stmt:
-        hidden = self.buffers["hidden"]
-        zeros = loop(count, lambda j: self._fill(lambda c: BufferStore(hidden, ZERO, [j, c])), name="key")
+    def _plain(self, first: Expr) -> Expr:
+        """Whether the mask adds nothing in a block."""
+        assert self.extremes is not None
+        return tirx.all(*(tirx.EQ(extreme, ZERO) for extreme in self.extremes.of(self.tile, first)))
 
-        def turn(column: Expr) -> Stmt:
-            return loop(
-                count,
-                lambda j: BufferStore(
-                    hidden,
-                    self.on.mask_at(self.tile.batch, self.tile.head, self._query(column), first + j),
-                    [j, column],
-                ),
-                name="key",
-            )
+    def _unless_hidden(self, low: Var, first: Expr, count: Expr, work: Stmt) -> Stmt:
+        assert self.extremes is not None
+        on, tile, hidden = self.on, self.tile, self.buffers["hidden"]
+        least, most = self.extremes.of(tile, first)
 
-        plain = tirx.all(tirx.EQ(flags[0], ZERO), tirx.EQ(flags[1], ZERO))
-        load = IfThenElse(plain, zeros, loop(self.width, turn, name="column"))
+        def one(column: Expr, j: Expr) -> Stmt:
+            value = on.mask_at(tile.batch, tile.head, self._query(column), first + j)
+            return BufferStore(hidden, value, [j, column])
+
+        def row(column: Expr, j: Expr) -> Expr:
+            return on.mask.vload(on.mask_place(tile.batch, tile.head, self._query(column), first + j), self._vector)
+
+        def keep(j: Expr, column: Expr, x: Expr) -> Stmt:
+            return BufferStore(hidden, x, [j, self._lanes_from(column)])
+
+        turn = self._turned(count, one, (row, keep) if "s" in self.shape.mask else None)
+        load = IfThenElse(tirx.Not(self._plain(first)), turn, None)
         limit = tirx.const(HIDDEN, "float32")
         # A NaN in the mask fails both comparisons of the first kind, and has to be computed with.
-        skip = tirx.all(flags[0] <= limit, flags[1] <= limit, flags[2] > limit)
+        skip = tirx.all(most <= limit, least <= limit, low[0] > limit)
         return IfThenElse(tirx.Not(skip), sequence(load, work), None)
 
     def _scores(self, first: Expr, count: Expr) -> Stmt:
-        scores, q, peak = self.buffers["scores"], self.buffers["q"], self.state["block_peak"]
+        q = self.buffers["q"]
         number_of_tiles = tiles(count, self.rows)
 
         def tile(number: Expr) -> Stmt:
@@ -177,26 +268,38 @@ class Many:
 
                 return sequence([one(acc, key) for acc, key in zip(sums, keys, strict=True)])
 
-            def finish(acc: Var, key: Expr) -> Stmt:
-                def write(c: Expr) -> Stmt:
-                    value = acc[c]
-                    if self.by_query:
-                        value = value + self.buffers["hidden"][key, c]
-                    elif self.shape.mask:
-                        seen = tirx.min(first + key, self.on.keys - 1)
-                        value = value + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
-                    value = Select(key < count, value, NOTHING)
-                    return sequence(
-                        BufferStore(scores, value, [key, c]), BufferStore(peak, tirx.max(peak[c], value), [c])
-                    )
-
-                return self._fill(write)
-
-            ends = [finish(acc, key) for acc, key in zip(sums, keys, strict=True)]
+            ends = self._keep(first, keys, count, lambda row, c: sums[row][c])
             return scope("scores", sequence(zeros(sums, self.lanes), loop(self.shape.size, step, name="d"), ends), sums)
 
-        start = self._fill(lambda c: BufferStore(peak, self.state["peak"][c], [c]))
-        return sequence(start, loop(number_of_tiles, tile, name="tile"))
+        return sequence(self._start_peak(), loop(number_of_tiles, tile, name="tile"))
+
+    def _start_peak(self) -> Stmt:
+        return self._fill(lambda c: BufferStore(self.state["block_peak"], self.state["peak"][c], [c]))
+
+    def _keep(self, first: Expr, keys: list[Expr], count: Expr, score: Callable[[int, Expr], Expr]) -> Stmt:
+        """Store the scores of some keys of the block with what hides them; ``score`` is a key's and a column's."""
+        scores, peak = self.buffers["scores"], self.state["block_peak"]
+
+        def one(row: int, key: Expr, c: Expr, plain: bool) -> Stmt:
+            value = score(row, c)
+            if self.by_query:
+                value = value if plain else value + self.buffers["hidden"][key, c]
+            elif self.shape.mask:
+                seen = tirx.min(first + key, self.on.keys - 1)
+                value = value + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
+            if static(count) != KEYS:
+                value = Select(key < count, value, NOTHING)
+            return sequence(BufferStore(scores, value, [key, c]), BufferStore(peak, tirx.max(peak[c], value), [c]))
+
+        def every(plain: bool) -> Stmt:
+            return sequence(
+                [
+                    self._fill(lambda c, row=row, key=key: one(row, key, c, plain))  # type: ignore[misc]
+                    for row, key in enumerate(keys)
+                ]
+            )
+
+        return IfThenElse(self._plain(first), every(True), every(False)) if self.by_query else every(True)
 
     def _softmax(self, count: Expr) -> Stmt:
         scores, state = self.buffers["scores"], self.state
@@ -208,7 +311,7 @@ class Many:
 
         def start(c: Expr) -> Stmt:
             return sequence(
-                BufferStore(fade, tirx.exp(peak[c] - base(c)), [c]),
+                BufferStore(fade, exp_to_one(peak[c] - base(c)), [c]),
                 BufferStore(peak, new[c], [c]),
                 BufferStore(total, total[c] * fade[c], [c]),
                 BufferStore(new, base(c), [c]),
@@ -217,7 +320,7 @@ class Many:
         def one(key: Expr) -> Stmt:
             def write(c: Expr) -> Stmt:
                 return sequence(
-                    BufferStore(scores, tirx.exp(scores[key, c] - new[c]), [key, c]),
+                    BufferStore(scores, exp_to_one(scores[key, c] - new[c]), [key, c]),
                     BufferStore(total, total[c] + scores[key, c], [c]),
                 )
 
@@ -256,13 +359,32 @@ class Many:
         o, total = self.buffers["o"], self.state["total"]
         invert = self._fill(lambda c: BufferStore(total, inverse(total[c]), [c]))
 
-        def one(column: Expr) -> Stmt:
-            query = self.tile.first + column
-            return loop(
-                self.shape.value_size,
-                lambda d: self.on.store(self.tile.batch, self.tile.head, query, d, o[d, column] * total[column]),
-                name="d",
-            )
-
+        lanes, layout = self.lanes, self.shape.out
+        whole = self.shape.value_size // lanes * lanes if layout[-1] == "d" else 0
         count = tirx.min(index(self.width), self.on.queries - self.tile.first)
-        return sequence(invert, loop(count, one, name="column"))
+
+        def one(column: Expr, d: Expr) -> Stmt:
+            value = o[d, column] * total[column]
+            return self.on.store(self.tile.batch, self.tile.head, self.tile.first + column, d, value)
+
+        def rest(column: Expr) -> Stmt:
+            return loop(self.shape.value_size - whole, lambda d: one(column, whole + d), name="d")
+
+        def square(column: Expr, d: Expr) -> Stmt:
+            def row(i: int) -> Expr:
+                return o.vload([d + i, column], self._vector) * total.vload([column], self._vector)
+
+            def keep(i: int, x: Expr) -> Stmt:
+                # Where the last query is repeated, it is stored again.
+                at = place(layout, self.tile.batch, self.tile.head, self._query(column + i), d)
+                return BufferStore(self.on.out, x, [*at[:-1], self._lanes_from(d)])
+
+            return self._square(row, keep)
+
+        def group(column: Expr) -> Stmt:
+            return loop(whole // lanes, lambda n: square(column, n * lanes), name="square")
+
+        squares = loop(tiles(count, lanes), lambda g: group(g * lanes), name="group")
+        singles = loop(count, rest, name="column")
+        parts = [*([squares] if whole else []), *([singles] if whole < self.shape.value_size else [])]
+        return sequence(invert, parts)
