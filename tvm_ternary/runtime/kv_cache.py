@@ -202,10 +202,15 @@ class KVCache:
         InputError
             As of `append`.
         """
+        self.check_room(k, v)
+        self._call(k, v, self.lengths)
+
+    def check_room(self, k: npt.NDArray[np.float32], v: npt.NDArray[np.float32]) -> None:
+        """Refuse what `append_block` would, and append nothing."""
         shape, tokens = self.shape, k.shape[1] if k.ndim == 4 else 0
         self._check("k", k, (shape.batch, tokens, shape.kv_heads, shape.size))
         self._check("v", v, (shape.batch, tokens, shape.kv_heads, shape.value_size))
-        self._call(k, v, self.lengths)
+        self._fits(self.lengths, tokens)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of each sequence.
@@ -258,12 +263,15 @@ class KVCache:
 
     def _call(self, k: npt.NDArray[np.float32], v: npt.NDArray[np.float32], keep: npt.NDArray[Any]) -> None:
         tokens = k.shape[1]
-        for b, past in enumerate(keep.tolist()):
+        self._fits(keep, tokens)
+        new = [x if can_be_read_in_place(x) or not tokens else aligned(x) for x in (k, v)]
+        self._append(*map(self._tensor, [*new, aligned(keep.astype(np.int32))]), *self._tensors)
+
+    def _fits(self, lengths: npt.NDArray[Any], tokens: int) -> None:
+        for b, past in enumerate(lengths.tolist()):
             if past + tokens > self.shape.capacity:
                 problem = f"has {past} tokens and room for {self.shape.capacity}; {tokens} more do not fit"
                 raise InputError(f"cache sequence {b}", problem, _FULL)
-        new = [x if can_be_read_in_place(x) or not tokens else aligned(x) for x in (k, v)]
-        self._append(*map(self._tensor, [*new, aligned(keep.astype(np.int32))]), *self._tensors)
 
     def _check(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
         if array.dtype != np.float32 or array.shape != shape:

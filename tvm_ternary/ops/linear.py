@@ -1,4 +1,4 @@
-"""Single compiled operators, for those who have a matrix and no model."""
+"""A linear layer, for those who have a matrix and no model."""
 
 from __future__ import annotations
 
