@@ -10,10 +10,9 @@ After::
 
     y = reshape(attention(reshape(q), reshape(k), reshape(v), mask))
 
-The transpositions are gone: the kernel is told where the elements of its operands lie. The scale may be a product or a
-quotient, of the scores; masks may be several, added or chosen (``where(seen, scores, -inf)``); keys and values may be
-repeated for groups of heads, or the queries of a group be rows of one product. Where keys and values are those of the
-past with new ones behind them, the kernel joins them itself and gives the joined ones as results, too.
+The transpositions are gone: the kernel is told where the elements of its operands lie. What else counts as attention,
+`find_attention` says. Where keys and values are those of the past with new ones behind them, the kernel joins them
+itself and gives the joined ones as results, too.
 
 Two things change. A query that sees no key, each masked by -inf, gives zeros instead of NaN. And ``where`` becomes
 an addition, so that a hidden score that is not finite shows, where the choice would have dropped it.
@@ -22,7 +21,6 @@ an addition, so that a hidden score that is not finite shows, where the choice w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -30,56 +28,12 @@ from tvm import relax
 from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
-from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
-from tvm_ternary.kernels.attention import AXES, Attention
+from tvm_ternary.graph.passes.dataflow import dims_of, with_main
+from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
+from tvm_ternary.kernels.attention import Attention
 
 Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
 """Gives the function of an attention for a batch and lengths: of queries and keys, or queries, past and new keys."""
-
-# A score that is replaced by something from here down is as good as gone, like one to which it is added.
-_HIDDEN = -1e30
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A tensor, and which of its dimensions is what, a letter of `AXES` each; the two parts it is joined of, if any."""
-
-    value: relax.Expr
-    layout: str
-    joined: tuple[relax.Expr, ...] = ()
-
-    @property
-    def extents(self) -> dict[str, Any]:
-        return dict(zip(self.layout, dims_of(self.value) or [], strict=True))
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """softmax's argument: scale * q k^T + masks."""
-
-    product: relax.Var
-    scale: float = 1.0
-    masks: tuple[tuple[relax.Expr, float | None], ...] = ()
-    grouped: bool = False
-
-
-@dataclass(frozen=True)
-class _Match:
-    query: _Operand
-    key: _Operand
-    value: _Operand
-    scores: _Scores
-    softmax: relax.Var
-    result: relax.Var
-    layout: str
-    joined: bool = False
-
-    @property
-    def parts(self) -> list[_Operand]:
-        """Keys and values; joined, the two parts of each."""
-        if not self.joined:
-            return [self.key, self.value]
-        return [_Operand(part, one.layout) for one in (self.key, self.value) for part in one.joined]
 
 
 def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
@@ -96,216 +50,15 @@ def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
     tvm.IRModule
         Attentions whose heads or head sizes are not known, or that are no float32, stay as they are.
     """
-    found = _Finder(module["main"]).find()
+    found = find_attentions(module["main"])
     if not found:
         return module
     return relax.transform.DeadCodeElimination()(_Rewriter(module, found, schedule).run())
 
 
-class _Finder(Dataflow):
-    def __init__(self, main: relax.Function) -> None:
-        super().__init__(main)
-        self.returned = main.body.body
-
-    def find(self) -> dict[relax.Var, _Match]:
-        """The attentions, by the variables that hold their results."""
-        matches = {}
-        for var, call in self.calls.items():
-            if call.op.name == "relax.nn.softmax" and (match := self._match(var, call)) is not None:
-                matches[match.result] = match
-        return matches
-
-    def _match(self, softmax: relax.Var, call: relax.Call) -> _Match | None:
-        dims = dims_of(softmax)
-        if dims is None or len(dims) not in (3, 4) or str(softmax.ty.dtype) != "float32":
-            return None
-        if int(call.attrs.axis) not in (-1, len(dims) - 1):
-            return None
-        scores = self._scores(call.args[0], _Scores(softmax))
-        if scores is None or not all(_fits(mask, dims) for mask, _ in scores.masks):
-            return None
-        weights, mixed = softmax, self.only_reader(softmax)
-        if scores.grouped and mixed is not None and self.call_of(mixed, "reshape") is not None:
-            weights, mixed = mixed, self.only_reader(mixed)
-        product = None if mixed is None else self.call_of(mixed, "matmul")
-        if mixed is None or product is None or product.args[0] != weights or product.args[1] == weights:
-            return None
-        letters = AXES if len(dims) == 4 else AXES.replace("h", "")
-        q, k = self.calls[scores.product].args
-        operands = (
-            self._query(q, letters, grouped=scores.grouped),
-            self._with_parts(self._operand(k, letters[:-2] + "dl")),
-            self._with_parts(self._operand(product.args[1], letters)),
-        )
-        result, layout = self._result(mixed, letters, grouped=scores.grouped)
-        if operands[0] is None or result is None:
-            return None
-        joined = _same_parts(operands[1], operands[2])
-        match = _Match(operands[0], operands[1], operands[2], scores, softmax, result, layout, joined)
-        return match if _is_attention(match, dims) else None
-
-    def _scores(self, expr: relax.Expr, scores: _Scores) -> _Scores | None:
-        """Follow the argument of softmax back to the product."""
-        if not isinstance(expr, relax.Var) or self.only_reader(expr) is None:
-            return None
-        if self.call_of(expr, "matmul") is not None:
-            return replace(scores, product=expr)
-        if (call := self.call_of(expr, "reshape")) is not None:
-            return None if scores.grouped else self._scores(call.args[0], replace(scores, grouped=True))
-        if (call := self.call_of(expr, "multiply", "divide")) is not None:
-            return self._scaled(call, scores)
-        if (call := self.call_of(expr, "add")) is not None and scores.scale == 1.0 and not scores.grouped:
-            left, right = call.args
-            for inner, mask in ((left, right), (right, left)):
-                found = self._scores(inner, replace(scores, masks=(*scores.masks, (mask, None))))
-                if found is not None:
-                    return found
-        if (call := self.call_of(expr, "where")) is not None and scores.scale == 1.0 and not scores.grouped:
-            seen, chosen, otherwise = call.args
-            hidden = _scalar(otherwise)
-            if hidden is not None and hidden <= _HIDDEN:
-                return self._scores(chosen, replace(scores, masks=(*scores.masks, (seen, hidden))))
-        return None
-
-    def _scaled(self, call: relax.Call, scores: _Scores) -> _Scores | None:
-        left, right = call.args
-        dividing = call.op.name == "relax.divide"
-        factor, inner = _scalar(right), left
-        if factor is None and not dividing:
-            factor, inner = _scalar(left), right
-        if factor is None or factor == 0:
-            return None
-        return self._scores(inner, replace(scores, scale=scores.scale / factor if dividing else scores.scale * factor))
-
-    def _query(self, expr: relax.Expr, letters: str, *, grouped: bool) -> _Operand | None:
-        if grouped:
-            # (B, KV, G * L, D) made of (B, H, L, D).
-            call = self.call_of(expr, "reshape")
-            if call is None or len(dims_of(call.args[0]) or []) != len(letters):
-                return None
-            expr = call.args[0]
-        return self._operand(expr, letters)
-
-    def _operand(self, expr: relax.Expr, letters: str) -> _Operand:
-        """Where the elements come from, without transpositions and repeated heads."""
-        call = self.call_of(expr, "permute_dims")
-        if call is not None:
-            axes = [int(axis) for axis in call.attrs.axes] if call.attrs.axes else list(range(len(letters)))[::-1]
-            before = [""] * len(letters)
-            for letter, axis in zip(letters, axes, strict=True):
-                before[axis] = letter
-            return self._operand(call.args[0], "".join(before))
-        inner = self._unrepeated(expr, letters.find("h"))
-        return _Operand(expr, letters) if inner is None else self._operand(inner, letters)
-
-    def _with_parts(self, operand: _Operand) -> _Operand:
-        """With what is joined along the positions, for this attention and the caller alone."""
-        call = self.call_of(operand.value, "concat")
-        if call is None or len(call.args[0].fields) != 2 or int(call.attrs.axis) != operand.layout.index("l"):
-            return operand
-        if len(self.readers[operand.value] - {self.returned}) != 1:
-            return operand
-        return replace(operand, joined=tuple(call.args[0].fields))
-
-    def _unrepeated(self, expr: relax.Expr, axis: int) -> relax.Expr | None:
-        """Keys or values before each of their heads was repeated for a group of queries' heads."""
-        if (call := self.call_of(expr, "repeat")) is not None and int(call.attrs.axis) == axis:
-            return call.args[0]
-        if axis < 0 or (joined := self.call_of(expr, "reshape")) is None:
-            return None
-        spread = self.call_of(joined.args[0], "broadcast_to")
-        lone = None if spread is None else self.call_of(spread.args[0], "reshape", "expand_dims")
-        if spread is None or lone is None:
-            return None
-        before, one, many, after = map(dims_of, (lone.args[0], spread.args[0], joined.args[0], expr))
-        if before is None or one is None or many is None or after is None or len(many) != len(before) + 1:
-            return None
-        rows = [*before[: axis + 1], 1, *before[axis + 1 :]]
-        groups = [*before[: axis + 1], many[axis + 1], *before[axis + 1 :]]
-        if not _same(one, rows) or not _same(many, groups) or len(after) != len(before):
-            return None
-        kept = [n for n in range(len(before)) if n != axis]
-        return lone.args[0] if _same([after[n] for n in kept], [before[n] for n in kept]) else None
-
-    def _result(self, mixed: relax.Var, letters: str, *, grouped: bool) -> tuple[relax.Var | None, str]:
-        """The variable that holds the result, and its layout."""
-        reader = self.only_reader(mixed)
-        if grouped:
-            if reader is None or self.call_of(reader, "reshape") is None:
-                return None, letters
-            mixed, reader = reader, self.only_reader(reader)
-        call = None if reader is None else self.call_of(reader, "permute_dims")
-        if call is None or not call.attrs.axes:
-            return mixed, letters
-        return reader, "".join(letters[int(axis)] for axis in call.attrs.axes)
-
-
-def _is_attention(match: _Match, dims: list[Any]) -> bool:
-    """Whether the extents of all operands agree, and those that have to be known are."""
-    if any(dims_of(one.value) is None for one in (match.query, match.key, match.value)):
-        return False
-    q, k, v = (one.extents for one in (match.query, match.key, match.value))
-    out = dims_of(match.result)
-    known = [one.get(axis, tvm.tirx.IntImm("int64", 1)) for one in (q, k, v) for axis in "hd"]
-    if out is None or not all(isinstance(extent, tvm.tirx.IntImm) for extent in known):
-        return False
-    if any(str(one.value.ty.dtype) != "float32" for one in (match.query, match.key, match.value)):
-        return False
-    heads, kv_heads = int(q.get("h", 1)), int(k.get("h", 1))
-    same = [(q["b"], k["b"]), (q["b"], v["b"]), (k["l"], v["l"]), (q["d"], k["d"]), (q["l"], dims[-2])]
-    same += [(k["l"], dims[-1]), (q["b"], dims[0])]
-    if not _same([a for a, _ in same], [b for _, b in same]) or kv_heads != int(v.get("h", 1)):
-        return False
-    expected = {"b": q["b"], "h": heads, "l": q["l"], "d": v["d"]}
-    return heads % kv_heads == 0 and _same(out, [expected[axis] for axis in match.layout])
-
-
-def _same_parts(key: _Operand, value: _Operand) -> bool:
-    """Whether keys and values are joined of as many past and new ones."""
-    if not key.joined or not value.joined or key.value == value.value:
-        return False
-    parts = [*zip(key.joined, value.joined, strict=True)]
-    lengths = [[dims_of(part) for part in pair] for pair in parts]
-    if any(dims is None for pair in lengths for dims in pair):
-        return False
-    k, v = ([pair[n][one.layout.index("l")] for pair in lengths] for n, one in enumerate((key, value)))  # type: ignore[index]
-    return _same(k, v)
-
-
-def _same(left: list[Any], right: list[Any]) -> bool:
-    analyzer = tvm.sym.Analyzer()
-    return len(left) == len(right) and all(
-        analyzer.can_prove_equal(a, b) for a, b in zip(map(_index, left), map(_index, right), strict=True)
-    )
-
-
-def _index(value: Any) -> Any:
-    return tvm.tirx.IntImm("int64", value) if isinstance(value, int) else value
-
-
-def _known(extent: Any) -> int | None:
-    return int(extent) if isinstance(extent, int | tvm.tirx.IntImm) else None
-
-
-def _scalar(expr: relax.Expr) -> float | None:
-    """The value of a constant of one element."""
-    if not isinstance(expr, tvm.ir.GenericConst) or expr.value.numpy().size != 1:
-        return None
-    return float(expr.value.numpy().reshape(()))
-
-
-def _fits(mask: relax.Expr, dims: list[Any]) -> bool:
-    """Whether a mask has the scores' dimensions, or 1 in their place."""
-    shape = dims_of(mask)
-    if shape is None or len(shape) > len(dims):
-        return False
-    pairs = zip(shape, dims[len(dims) - len(shape) :], strict=True)
-    return all(structural_equal(_index(a), _index(1)) or _same([a], [b]) for a, b in pairs)
-
-
 @relax.expr_functor.mutator
 class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: tvm.IRModule, found: dict[relax.Var, _Match], schedule: Schedule) -> None:
+    def __init__(self, module: tvm.IRModule, found: dict[relax.Var, Match], schedule: Schedule) -> None:
         super().__init__(module)
         self.main, self.found, self.schedule = module["main"], found, schedule
         self.functions: dict[Any, tvm.ir.GlobalVar] = {}
@@ -324,46 +77,51 @@ class _Rewriter(relax.PyExprMutator):
                 field = self.builder_.emit(relax.TupleGetItem(results, number)) if match.joined else results
                 self.set_var_remap(var, field)
 
-    def _call(self, match: _Match) -> relax.Expr:
-        q, k, v = match.query, match.key, match.value
-        mask, axes = self._mask(match)
-        shape = Attention(
-            heads=int(q.extents.get("h", 1)),
-            kv_heads=int(k.extents.get("h", 1)),
-            size=int(q.extents["d"]),
-            value_size=int(v.extents["d"]),
-            scale=match.scores.scale,
-            query=q.layout,
-            key=k.layout,
-            value=v.layout,
-            out=match.layout,
-            mask=axes,
-            joined=match.joined,
-        )
+    def _call(self, match: Match) -> relax.Expr:
+        masks, axes = add_masks(self.builder_, match, self.visit_expr)
+        shape = match.shape(axes)
         keys = match.parts[: len(match.parts) // 2]
-        lengths = (_known(q.extents["b"]), _known(q.extents["l"]), *(_known(part.extents["l"]) for part in keys))
+        extents = [match.query.extents["b"], match.query.extents["l"], *(part.extents["l"] for part in keys)]
+        lengths = tuple(map(known_extent, extents))
         if (shape, lengths) not in self.functions:
-            function = self.schedule(shape, lengths)
-            self.functions[shape, lengths] = self.builder_.add_func(function, "attention")
-        operands = [self.visit_expr(one.value) for one in (q, *match.parts)]
-        results = [one.ty for one in (match.result, k.value, v.value)] if match.joined else match.result.ty
-        return relax.call_tir(self.functions[shape, lengths], [*operands, *mask], results)
+            self.functions[shape, lengths] = self.builder_.add_func(self.schedule(shape, lengths), "attention")
+        operands = [self.visit_expr(one.value) for one in (match.query, *match.parts)]
+        joined = [match.key.value.ty, match.value.value.ty]
+        results = [match.result.ty, *joined] if match.joined else match.result.ty
+        return relax.call_tir(self.functions[shape, lengths], [*operands, *masks], results)
 
-    def _mask(self, match: _Match) -> tuple[list[relax.Expr], str]:
-        """All masks as one float tensor of four dimensions, and which of them are not 1."""
-        emit = self.builder_.emit
-        total: relax.Expr | None = None
-        for expr, hidden in match.scores.masks:
-            mask = self.visit_expr(expr)
-            if hidden is not None:
-                mask = emit(R.where(mask, relax.const(0.0, "float32"), relax.const(hidden, "float32")))
-            total = mask if total is None else emit(R.add(total, mask))
-        if total is None:
-            return [], ""
-        dims = dims_of(total)
-        assert dims is not None
-        rank = len(dims_of(match.softmax) or [])
-        dims = [*[_index(1)] * (rank - len(dims)), *dims]
-        dims = dims if rank == 4 else [dims[0], _index(1), *dims[1:]]
-        axes = "".join(axis for axis, dim in zip("bhms", dims, strict=True) if not structural_equal(dim, _index(1)))
-        return [emit(R.reshape(total, relax.ShapeExpr(dims)))], axes
+
+def add_masks(
+    builder: relax.BlockBuilder, match: Match, visit: Callable[[relax.Expr], relax.Expr]
+) -> tuple[list[relax.Expr], str]:
+    """Emit the sum of all masks of an attention.
+
+    Parameters
+    ----------
+    builder : relax.BlockBuilder
+    match : Match
+    visit : callable
+        Gives what an expression has become.
+
+    Returns
+    -------
+    masks : list of relax.Expr
+        One float32 tensor of four dimensions; none where there is no mask.
+    axes : str
+        Which of ``bhms`` are not 1.
+    """
+    total: relax.Expr | None = None
+    for expr, hidden in match.scores.masks:
+        mask = visit(expr)
+        if hidden is not None:
+            mask = builder.emit(R.where(mask, relax.const(0.0, "float32"), relax.const(hidden, "float32")))
+        total = mask if total is None else builder.emit(R.add(total, mask))
+    if total is None:
+        return [], ""
+    dims = dims_of(total)
+    assert dims is not None
+    rank = len(dims_of(match.softmax) or [])
+    dims = [*[as_index(1)] * (rank - len(dims)), *dims]
+    dims = dims if rank == 4 else [dims[0], as_index(1), *dims[1:]]
+    axes = "".join(axis for axis, dim in zip("bhms", dims, strict=True) if not structural_equal(dim, as_index(1)))
+    return [builder.emit(R.reshape(total, relax.ShapeExpr(dims)))], axes
