@@ -1,0 +1,73 @@
+"""The few lines of CUDA C++ that attention has beside those of `schedule.cuda.device`."""
+
+from __future__ import annotations
+
+from tvm_ternary.schedule.cuda.device import Device
+
+MOST = 127 * 256 + 127
+"""The largest number of 16 bits both of whose bytes are whole numbers with a sign."""
+
+decode_pairs = Device(
+    "tt_decode_pairs",
+    "unsigned* quads, unsigned first, unsigned second",
+    """
+  quads[0] = first & 0x0f0f0f0fu;
+  quads[1] = (first >> 4) & 0x0f0f0f0fu;
+  quads[2] = second & 0x0f0f0f0fu;
+  quads[3] = (second >> 4) & 0x0f0f0f0fu;
+""",
+)
+
+# 9 times a digit of one plane and the number of two others stay within a byte.
+decode_threes = Device(
+    "tt_decode_threes",
+    "unsigned* quads, unsigned one, unsigned first, unsigned second",
+    """
+  tt_decode_pairs(quads, first, second);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) quads[s] += 9u * ((one >> (2 * s)) & 0x03030303u);
+""",
+    needs=(decode_pairs,),
+)
+
+# The number v nearest to a float is 256 high + low. Added to 1.5 * 2^23 + 128 it leaves high in the second byte of the
+# float's bits, and low + 128 in the first one.
+round_four = Device(
+    "tt_round_four",
+    "const float* x, float inverse, int low",
+    """
+  unsigned bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(__fmaf_rn(x[i], inverse, 12583040.0f));
+  unsigned chosen = low ? 0x40u : 0x51u;
+  unsigned bytes =
+      __byte_perm(__byte_perm(bits[0], bits[1], chosen), __byte_perm(bits[2], bits[3], chosen), 0x5410u);
+  return (int)(low ? bytes ^ 0x80808080u : bytes);
+""",
+    result="int32",
+)
+
+sum_bytes = Device("tt_sum_bytes", "int four, int total", "  return __dp4a(four, 0x01010101, total);", result="int32")
+
+magnitude_bits = Device("tt_magnitude_bits", "float x", "  return __float_as_int(x) & 0x7fffffff;", result="int32")
+
+exp2 = Device("tt_exp2", "float x", "  return exp2f(x);", result="float32")
+
+from_lane_int = Device(
+    "tt_from_lane_int", "int value, int lane", "  return __shfl_sync(0xffffffffu, value, lane);", result="int32"
+)
+from_lane_float = Device(
+    "tt_from_lane_float", "float value, int lane", "  return __shfl_sync(0xffffffffu, value, lane);", result="float32"
+)
+
+sync_warp = Device("tt_sync_warp", "", "  __syncwarp();")
+
+put_four = Device(
+    "tt_put_four",
+    "void* shared, int offset, const float* four",
+    "  *(float4*)((char*)shared + offset) = make_float4(four[0], four[1], four[2], four[3]);",
+)
+
+# Left to itself the compiler makes one rounding of a product and a sum.
+multiply = Device("tt_multiply", "float a, float b", "  return __fmul_rn(a, b);", result="float32")
+nearest = Device("tt_nearest", "float x", "  return (int)rintf(x);", result="int32")
