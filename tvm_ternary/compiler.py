@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from tvm_ternary.build.heap import return_freed_memory
 from tvm_ternary.build.lift_constants import lift_constants
 from tvm_ternary.build.nvcc import compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import weights_lie_beside
+from tvm_ternary.convert.attention import Errors, attention_errors
+from tvm_ternary.convert.attention_modes import choose_caches, keep_inside, keeps_past, read_modes, read_planes
 from tvm_ternary.convert.first import quantized_first
+from tvm_ternary.convert.samples import find_tokenizer, load_samples
 from tvm_ternary.errors import OutputError
 from tvm_ternary.files import require_writable
 from tvm_ternary.formats import SHARED_SCALES, Scheme, TernaryTensor, with_shared_scales
@@ -45,6 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 DEFAULT_SCHEME = "t3a8g64"
 DEFAULT_METHOD = "twn"
+DEFAULT_KV_ERROR = 0.2
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,11 @@ def compile(
     recipe: Mapping[str, Any] | None = None,
     edges: str | None = None,
     output_layer: str | None = None,
+    attention: str | Sequence[str] | Mapping[str, str] | None = None,
+    kv_planes: int | str | tuple[int, int] = 2,
+    kv_window: int = 64,
+    kv_error: float = DEFAULT_KV_ERROR,
+    kv_calibration: str | Path | Iterable[Any] | None = None,
     weights: str = "auto",
     tuning_log: str | Path | None = None,
     dump_ir: str | Path | None = None,
@@ -130,6 +140,21 @@ def compile(
     calibration, samples, seed, tokenizer, length, recipe, edges, output_layer
         As for `quantize_model`: with any of calibration, recipe, edges and output_layer, the model is quantized first
         as that does it; edges and the output layer are then the same as the others unless they are given.
+    attention : str, sequence or mapping, optional
+        What a decoder does with the keys and values of the past: ``full``, the default, leaves them among its inputs
+        and outputs, in float. ``ternary-keys``, ``ternary-keys-values`` and ``adaptive`` keep them inside the library
+        from run to run, packed; a run is then given new tokens only. One mode for all attentions, or ``PATTERN=MODE``
+        over the names of the inputs with past keys; the first that matches counts, and what none matches is kept inside
+        in float. ``adaptive`` takes the fewest planes that ``kv_calibration`` shows to be good enough.
+    kv_planes : int, str or (int, int)
+        Ternary planes, 1 to 3, of keys and values, or of each: ``"2,1"``.
+    kv_window : int
+        Last tokens that stay in float, a multiple of 64; `tvm_ternary.load` may choose another.
+    kv_error : float
+        The largest relative error of any head's result that ``adaptive`` allows.
+    kv_calibration : path or iterable, optional
+        Whole texts, as ``calibration``, of which ``samples`` of at most ``length`` tokens measure that error; the
+        matrices are not fitted to them. None: those of ``calibration``.
     weights : str
         ``inside`` the library, ``beside`` it as safetensors, or ``auto``: beside when larger than 1 GiB.
     tuning_log : path, optional
@@ -167,6 +192,9 @@ def compile(
     # Code for several GPUs is written, and was tuned, for the oldest.
     logs = open_logs(resolved.tier if resolved.kind == "cuda" else resolved.name, tuning_log)
     dump = dump_to(dump_ir)
+    modes, planes = read_modes(attention), read_planes(kv_planes)
+    texts = calibration if kv_calibration is None else kv_calibration
+    measured = partial(_attention_errors, source, texts, samples, seed, tokenizer, length, kv_window)
     fitting = {
         "calibration": calibration,
         "samples": samples,
@@ -183,11 +211,13 @@ def compile(
     with quantized_first(source, destination, first, dims, constants) as (ready, free, fixed):
         with stages.stage("import"):
             # The graph holds every weight once more, and nothing below looks at it.
-            imported = replace(import_model(ready, free, fixed, named_by(layers)), onnx=None)
+            imported = replace(import_model(ready, free, fixed, named_by(layers), past=keeps_past(modes)), onnx=None)
             if ready != source:
                 imported = replace(imported, name=source.resolve().name if source.is_dir() else source.stem)
             settled = read_config(ready)[1] if is_quantized(ready) else None
             named = scheme or (settled.options.get("scheme") if settled is not None else None) or DEFAULT_SCHEME
+            choices = choose_caches(imported, modes, planes, kv_window, None if texts is None else measured, kv_error)
+            imported = keep_inside(imported, choices, resolved)
             dump("import", imported.module)
             if settled is None:
                 plan = make_plan(imported.shapes, named, "all" if layers is None else layers, packing)
@@ -248,6 +278,22 @@ def _quantize_options(
     recipe = {**(fitting["recipe"] or {}), **({} if method is None else {"method": method})}
     chosen = {"scheme": scheme or DEFAULT_SCHEME, "layers": layers, "recipe": recipe, "progress": progress}
     return {**fitting, **places, **chosen}
+
+
+def _attention_errors(
+    source: Path,
+    calibration: str | Path | Iterable[Any] | None,
+    samples: int,
+    seed: int,
+    tokenizer: str | Path | None,
+    length: int,
+    window: int,
+    model: ImportedModel,
+) -> Errors:
+    """What planes of keys and values cost each attention, on the samples that matrices are fitted to."""
+    text = find_tokenizer(tokenizer, source)
+    given = load_samples(calibration or (), model.inputs, samples, seed, text, length)
+    return attention_errors(model, given, window=window)
 
 
 def _quantize(

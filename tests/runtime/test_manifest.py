@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tvm_ternary.errors import ArtifactError, LayoutError
 from tvm_ternary.runtime.manifest import (
     DTYPES,
+    CacheInfo,
     FunctionInfo,
     KernelInfo,
     LayerInfo,
@@ -41,6 +42,22 @@ LAYERS = st.builds(
     error=st.none() | RATIOS,
     reason=st.none() | NAMES,
 )
+CACHES = st.builds(
+    CacheInfo,
+    name=NAMES,
+    value=NAMES,
+    batch=COUNTS | NAMES,
+    past=NAMES,
+    length=COUNTS | NAMES,
+    kv_heads=COUNTS,
+    size=COUNTS,
+    value_size=COUNTS,
+    mode=NAMES,
+    key_planes=COUNTS,
+    value_planes=COUNTS,
+    window=st.none() | COUNTS,
+    reason=st.none() | NAMES,
+)
 TVM = st.fixed_dictionaries({"kind": st.just("llvm"), "mattr": st.lists(NAMES, max_size=2)})
 ARCHS = st.lists(st.sampled_from(["sm_80", "sm_90", "sm_90a", "sm_120"]), min_size=1, max_size=3).map(tuple)
 FEATURES = st.lists(NAMES, max_size=3).map(tuple)
@@ -62,6 +79,7 @@ MANIFESTS = st.builds(
     sizes=st.builds(SizesInfo, COUNTS, COUNTS),
     kernels=st.lists(st.builds(KernelInfo, NAMES, NAMES, *[COUNTS] * 4), max_size=2).map(tuple),
     graph=st.booleans(),
+    caches=st.lists(CACHES, max_size=2).map(tuple),
 )
 PLAIN = Manifest(
     model=ModelInfo("m", "m.onnx", "ab"),
@@ -76,6 +94,7 @@ PLAIN = Manifest(
     weights=WeightsInfo("cd", 12),
     sizes=SizesInfo(48, 12),
     kernels=(KernelInfo("f_kernel", "sm_90", 64, 1024, 0, 0),),
+    caches=(CacheInfo("k", "v", "batch", "past", "length", 2, 8, 8, "ternary-keys-values", 2, 1, 64),),
 )
 
 
@@ -94,7 +113,7 @@ def test_the_text_is_canonical() -> None:
     document = json.loads(PLAIN.to_json())
     assert list(document) == sorted(document)
     assert document["format"] == "tvm-ternary"
-    assert document["version"] == 4
+    assert document["version"] == 5
     assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
     assert document["weights"] == {"sha256": "cd", "bytes": 12, "file": None, "names": []}
     assert document == PLAIN.to_dict()
@@ -118,7 +137,7 @@ def every_key(document: dict[str, Any]) -> list[tuple[str | int, ...]]:
     paths: list[tuple[str | int, ...]] = [(key,) for key in document]
     for key in ("model", "weights", "sizes", "target"):
         paths += [(key, inner) for inner in document[key]]
-    return paths + [(part, 0, key) for part in ("inputs", "layers", "kernels") for key in document[part][0]]
+    return paths + [(part, 0, key) for part in ("inputs", "layers", "kernels", "caches") for key in document[part][0]]
 
 
 def parent(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:
@@ -148,8 +167,8 @@ def test_a_bound_is_a_number_of_at_least_one(most: object) -> None:
 
 
 def test_an_unknown_version_or_key_is_refused() -> None:
-    newer = {**PLAIN.to_dict(), "version": 5}
-    with pytest.raises(ArtifactError, match="has version 5; expected 4; compile the model again, or update"):
+    newer = {**PLAIN.to_dict(), "version": 6}
+    with pytest.raises(ArtifactError, match="has version 6; expected 5; compile the model again, or update"):
         Manifest.from_json(json.dumps(newer))
     with pytest.raises(ArtifactError, match="unknown key 'signature'"):
         Manifest.from_json(json.dumps({**PLAIN.to_dict(), "signature": ""}))

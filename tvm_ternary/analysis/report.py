@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_ternary.runtime.manifest import LayerInfo, Manifest, TensorSpec
+from tvm_ternary.runtime.manifest import CacheInfo, LayerInfo, Manifest, TensorSpec
+from tvm_ternary.runtime.model_cache import ModuleCacheStats
 from tvm_ternary.runtime.module import Timing
 
 _KIB = 1024
@@ -200,6 +201,47 @@ def timing_table(timing: Timing, threads: int) -> Table:
     columns = ("runs", "threads", "median ms", "p20 ms", "p80 ms")
     row = (str(len(timing.runs)), str(threads), *(f"{1e3 * s:.3f}" for s in (timing.median, timing.p20, timing.p80)))
     return Table(columns, (row,), frozenset(range(len(columns))))
+
+
+def caches_table(caches: Sequence[CacheInfo]) -> Table:
+    """A row for every attention that keeps keys and values inside: how, and why."""
+    rows = [
+        (c.name, c.mode, _planes(c.window, c.key_planes, c.value_planes), _window(c.window), c.reason or "as asked for")
+        for c in caches
+    ]
+    return Table(("attention", "mode", "planes of k, v", "float window", "why"), tuple(rows))
+
+
+def cache_tables(stats: ModuleCacheStats) -> list[Table]:
+    """What a module keeps now: all together, and a row for every attention."""
+    used = stats.bytes / max(stats.float_bytes, 1)
+    facts = _facts(
+        ("cached", f"{stats.tokens} of {stats.capacity} tokens, {stats.batch} sequences"),
+        ("cache", f"{format_bytes(stats.bytes)}, {used:.2f} of float32's {format_bytes(stats.float_bytes)}"),
+    )
+    rows = [
+        (
+            layer.name,
+            layer.mode,
+            _planes(layer.window if layer.window < stats.capacity else None, layer.key_planes, layer.value_planes),
+            str(layer.window),
+            str(layer.float_tokens),
+            str(layer.packed_tokens),
+            format_bytes(layer.bytes),
+            layer.reason,
+        )
+        for layer in stats.layers
+    ]
+    columns = ("attention", "mode", "planes of k, v", "window", "float", "packed", "memory", "why")
+    return [Table(columns, tuple(rows), frozenset({3, 4, 5, 6})), facts]
+
+
+def _planes(window: int | None, keys: int, values: int) -> str:
+    return "float" if window is None else f"{keys}, {values or 'float'}"
+
+
+def _window(window: int | None) -> str:
+    return "all" if window is None else str(window)
 
 
 def format_bytes(count: int) -> str:

@@ -72,6 +72,7 @@ def describe(
         versions={name: version(name) for name in ("tvm-ternary", "apache-tvm", "apache-tvm-ffi")},
         weights=describe_weights(params),
         sizes=SizesInfo(before, after),
+        caches=imported.caches,
     )
 
 

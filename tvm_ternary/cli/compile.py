@@ -31,6 +31,11 @@ _PACKING = (
     "dense is 12%% to 14%% faster for 16 million weights and more; from a cache it takes 1.7 times as long, and on "
     "other CPUs it only saves memory"
 )
+_ATTENTION = """\
+a decoder's keys and values of the past: full leaves them among inputs and outputs; the other modes keep them inside the
+library from run to run, as ternary planes, so that a run takes new tokens only and the past takes a sixth or a twelfth
+of the memory. adaptive chooses the planes of each attention, and tvm_ternary.load(kv_memory=...) how much stays float
+"""
 _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so
   tvm-ternary compile model.onnx -o model.so --scheme t1a8g128 --dim batch=1
@@ -39,6 +44,8 @@ _EXAMPLES = """\
   tvm-ternary compile model.onnx -o model.so --target cuda-sm_90 --scheme t2a16g64 --dim batch=1 --dim sequence=128
   tvm-ternary compile model.onnx -o model.so --tuning-log my-tuning
   tvm-ternary compile checkpoint/ -o model.so --scheme t2a8g64 --calibration texts.txt
+  tvm-ternary compile decoder.onnx -o decoder.so --attention ternary-keys-values --kv-planes 2
+  tvm-ternary compile decoder.onnx -o decoder.so --attention adaptive --kv-calibration texts.txt --length 1024
   tvm-ternary compile vad.onnx -o vad.so --constant sr=16000
   tvm-ternary compile detector.onnx -o detector.so --dim 'height=32*rows' --dim 'width=32*columns'
 """
@@ -102,10 +109,42 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "with any of --calibration, --recipe, --edges, --output-layer matrices are fitted as 'quantize' does it",
     )
     add_fitting(group, edges="same", output_layer="same")
+    _add_attention(parser.add_argument_group("attention", _ATTENTION))
     parser.add_argument("--dump-ir", metavar="DIR", help="write the program after every phase to this folder")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+def _add_attention(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--attention",
+        metavar="[PATTERN=]MODE",
+        action="append",
+        help="full (default), ternary-keys, ternary-keys-values or adaptive, for all attentions or for those whose "
+        "input of past keys matches; may be repeated, the first that matches counts",
+    )
+    group.add_argument(
+        "--kv-planes", metavar="N", default="2", help="ternary planes, 1 to 3, or of keys and values: 2,1 (default: 2)"
+    )
+    group.add_argument(
+        "--kv-window",
+        metavar="TOKENS",
+        type=int,
+        default=64,
+        help="last tokens that stay in float, a multiple of 64 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--kv-calibration",
+        metavar="DATA",
+        help="texts that adaptive measures errors with, as for --calibration, which is the default",
+    )
+    group.add_argument(
+        "--kv-error",
+        metavar="E",
+        type=float,
+        help="the largest relative error of any head that adaptive allows (default: 0.2)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,6 +160,11 @@ def run(args: argparse.Namespace) -> int:
         "constants": {name: constant(name, text) for name, text in constants.items()},
         "packing": args.packing,
         "embeddings": args.embeddings,
+        "attention": args.attention,
+        "kv_planes": args.kv_planes,
+        "kv_window": args.kv_window,
+        "kv_calibration": args.kv_calibration,
+        **({} if args.kv_error is None else {"kv_error": args.kv_error}),
         "weights": args.weights,
         "tuning_log": args.tuning_log,
         "dump_ir": args.dump_ir,
@@ -138,9 +182,10 @@ def run(args: argparse.Namespace) -> int:
         manifest = artifact.manifest.to_dict()
         print_json({"path": str(artifact.path), "bytes": file_bytes, "seconds": artifact.seconds, "manifest": manifest})
     elif not args.quiet:
-        from tvm_ternary.analysis.report import layers_table, summary_table
+        from tvm_ternary.analysis.report import caches_table, layers_table, summary_table
         from tvm_ternary.cli.tables import print_tables
 
         summary = summary_table(artifact.manifest, file_bytes, artifact.seconds)
-        print_tables([layers_table(artifact.manifest.layers), summary])
+        caches = [caches_table(artifact.manifest.caches)] if artifact.manifest.caches else []
+        print_tables([layers_table(artifact.manifest.layers), *caches, summary])
     return 0

@@ -37,6 +37,7 @@ _EXAMPLES = """\
   tvm-ternary run model.so
   tvm-ternary run model.so --dim batch=1 --dim length=128 --repeat 50 --threads 1
   tvm-ternary run model.so --dim length=128 --profile --trace trace.json --threads 1
+  tvm-ternary run decoder.so --dim length=1 --past 1024 --repeat 20
   tvm-ternary run model.so --device cuda:1 --repeat 100
   tvm-ternary run model.so --input input_ids=ids.npy --input attention_mask=mask.npy --output results
 """
@@ -64,6 +65,15 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="cpu, cuda (the first GPU) or cuda:N (default: what the model is compiled for)",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads that compute (default: one a core)")
+    group = parser.add_argument_group("cache", "for a model that was compiled with --attention to keep keys and values")
+    group.add_argument("--past", metavar="N", type=int, help="random tokens that come before (default: none)")
+    group.add_argument(
+        "--kv-tokens", metavar="N", type=int, help="tokens there is room for (default: the model's most)"
+    )
+    group.add_argument(
+        "--kv-window", metavar="N", type=int, help="last tokens that stay in float (default: as compiled)"
+    )
+    group.add_argument("--kv-memory", metavar="BYTES", help="what all may take, such as 512MiB; adaptive uses it up")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -75,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     files = parse_pairs("--input", args.input, "input_ids=ids.npy")
     dims = {name: whole_number("--dim", name, text) for name, text in parse_pairs("--dim", args.dim, "batch=1").items()}
 
-    from tvm_ternary.analysis.report import array_stats, outputs_table, timing_table
+    from tvm_ternary.analysis.report import array_stats, cache_tables, outputs_table, timing_table
     from tvm_ternary.runtime.module import load
     from tvm_ternary.runtime.sample import random_inputs
 
@@ -83,15 +93,20 @@ def run(args: argparse.Namespace) -> int:
         from tvm_ternary.files import require_writable
 
         require_writable(Path(args.trace))
-    module = load(args.library, args.device, args.threads)
+    cache = {name: getattr(args, name) for name in ("kv_tokens", "kv_window", "kv_memory")}
+    module = load(args.library, args.device, args.threads, **cache)
     given = {name: _read_array(name, file) for name, file in files.items()}
     sizes = _dimensions(module.inputs, given, dims)
-    inputs = {**random_inputs(module.inputs, sizes, args.seed, module.manifest.bounds), **given}
+    if args.past is not None:
+        _fill_cache(module, args.past, sizes, args.seed)
+    known = module.known_dims
+    inputs = {**random_inputs(module.inputs, sizes, args.seed, module.manifest.bounds, known), **given}
     names = [spec.name for spec in module.outputs]
-    outputs = module.run(None, inputs)
-    written = _write_arrays(Path(args.output), names, outputs) if args.output else None
+    # A run may leave tokens behind; those that are timed begin where the first did.
     timing = module.time(inputs, args.repeat) if args.repeat is not None else None
     profiled = _profile(module, inputs, args) if args.profile or args.trace else None
+    outputs = module.run(None, inputs)
+    written = _write_arrays(Path(args.output), names, outputs) if args.output else None
     stats = [array_stats(name, array) for name, array in zip(names, outputs, strict=True)]
     if args.json:
         document = {
@@ -102,14 +117,30 @@ def run(args: argparse.Namespace) -> int:
             "files": None if written is None else [str(path) for path in written],
             "seconds": None if timing is None else asdict(timing),
             "profile": None if profiled is None else profiled.document,
+            "cache": asdict(module.stats()) if known else None,
         }
         print_json(document)
         return 0
     from tvm_ternary.cli.tables import print_tables
 
     timed = [timing_table(timing, module.threads)] if timing else []
-    print_tables([outputs_table(stats), *timed, *(profiled.tables if profiled else [])])
+    kept = cache_tables(module.stats()) if known else []
+    print_tables([outputs_table(stats), *timed, *(profiled.tables if profiled else []), *kept])
     return 0
+
+
+def _fill_cache(module: Module, past: int, sizes: dict[str, int], seed: int) -> None:
+    """Run on so many random tokens, whose keys and values are kept."""
+    from tvm_ternary.runtime.sample import random_inputs
+
+    if not module.known_dims:
+        raise OptionError("--past", "is for a model that keeps keys and values", "give its inputs of the past instead")
+    if past < 1:
+        raise OptionError("--past", f"is {past}; expected at least 1")
+    length = module.manifest.caches[0].length
+    runs, new = (1, sizes | {length: past}) if isinstance(length, str) else (past // length, sizes)
+    for _ in range(runs):
+        module.run([], random_inputs(module.inputs, new, seed, module.manifest.bounds, module.known_dims))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.mixed import Budget, mixed_plan
 from tvm_ternary.convert.parts import Parts, open_parts
-from tvm_ternary.convert.samples import load_samples
+from tvm_ternary.convert.samples import find_tokenizer, load_samples
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
 from tvm_ternary.errors import OptionError, OutputError
 from tvm_ternary.formats import Scheme
@@ -154,7 +154,7 @@ def quantize_model(
     budget = None if target_bpw is None and max_error is None else Budget(target_bpw, max_error)
     inputs: list[dict[str, npt.NDArray[Any]]] | None = None
     if calibration is not None and (budget is not None or not dry_run):
-        text = _tokenizer(tokenizer, source)
+        text = find_tokenizer(tokenizer, source)
         inputs = load_samples(calibration, imported.inputs, samples, seed, text, length, windows=True)
     if budget is not None:
         rows = mixed_plan(imported, rows, chosen.recipe, inputs, budget, report)
@@ -249,12 +249,6 @@ def _free(output: str | Path | None, source: Path, overwrite: bool) -> Path:
         if not overwrite:
             raise OutputError(str(destination), "exists", "choose another name, or replace it with --overwrite")
     return destination
-
-
-def _tokenizer(given: str | Path | None, source: Path) -> Path | None:
-    """What cuts text into tokens: what was given, or what lies with the model."""
-    own = (source if source.is_dir() else source.parent) / "tokenizer.json"
-    return Path(given) if given is not None else own if own.is_file() else None
 
 
 def _stamp(source: Path, model: ImportedModel) -> list[list[Any]]:

@@ -29,6 +29,12 @@ _TOKENS: dict[str, Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]] = {
 _SHORTEST = 8
 
 
+def find_tokenizer(given: str | Path | None, source: Path) -> Path | None:
+    """What cuts text into tokens: what was given, or what lies with the model."""
+    own = (source if source.is_dir() else source.parent) / "tokenizer.json"
+    return Path(given) if given is not None else own if own.is_file() else None
+
+
 def load_samples(
     data: Data,
     inputs: Sequence[TensorSpec],

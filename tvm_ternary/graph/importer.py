@@ -25,7 +25,7 @@ from tvm_ternary.graph.onnx.prune import prune_nodes
 from tvm_ternary.graph.onnx.read import read_model
 from tvm_ternary.graph.onnx.values import Algebra, Value, describe, plain
 from tvm_ternary.graph.onnx.walk import Walker
-from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
+from tvm_ternary.runtime.manifest import DTYPES, CacheInfo, TensorSpec
 
 _ELEMENT_TYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 
@@ -75,6 +75,8 @@ class ImportedModel:
         Those of ``params`` that are ternary in the file already, (N, K); read when they are asked for.
     onnx : OnnxGraph or None
         The graph it was imported from, where that was ONNX.
+    caches : tuple of CacheInfo
+        Keys and values that `passes.cache_attention` keeps inside.
     """
 
     module: tvm.IRModule
@@ -88,6 +90,7 @@ class ImportedModel:
     tables: dict[str, relax.Expr]
     ternary: Mapping[str, TernaryTensor] = field(default_factory=dict)
     onnx: OnnxGraph | None = None
+    caches: tuple[CacheInfo, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -62,7 +62,11 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], QuantizationConfig]
 
 
 def import_quantized(
-    folder: str | Path, dims: Mapping[str, int | str] | None = None, constants: Mapping[str, Any] | None = None
+    folder: str | Path,
+    dims: Mapping[str, int | str] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    *,
+    past: bool = False,
 ) -> ImportedModel:
     """Import a quantized checkpoint folder.
 
@@ -71,6 +75,8 @@ def import_quantized(
     folder : path
     dims, constants : mappings, optional
         As `import_onnx`.
+    past : bool
+        As of `import_checkpoint`; a graph of ONNX has what it has.
 
     Returns
     -------
@@ -91,7 +97,7 @@ def import_quantized(
     if missing:
         raise ModelError(str(folder), f"holds no ternary {missing[0]}, which {CONFIG} names", "quantize again")
     if config.uses is None:
-        built = import_checkpoint(folder, QuantizedTensors(tensors, config.schemes))
+        built = import_checkpoint(folder, QuantizedTensors(tensors, config.schemes), past=past)
         imported = fix_inputs(built, dims, constants)
     else:
         uses = {node: [MatrixUse(*use) for use in found] for node, found in config.uses.items()}

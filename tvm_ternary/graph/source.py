@@ -24,6 +24,8 @@ def import_model(
     dims: Mapping[str, int | str] | None = None,
     constants: Mapping[str, Any] | None = None,
     convolutions: Callable[[str], bool] = lambda name: False,
+    *,
+    past: bool = False,
 ) -> ImportedModel:
     """Import a model from wherever it is.
 
@@ -39,6 +41,9 @@ def import_model(
         Values for inputs that are to become constants.
     convolutions : callable, optional
         Which weights of convolutions become matrices, by name; by default none. A quantized folder knows its own.
+    past : bool
+        Whether a decoder of a checkpoint or GGUF file gets keys and values of the past as inputs, and gives those of
+        all tokens. A graph of ONNX has what it has.
 
     Returns
     -------
@@ -56,10 +61,10 @@ def import_model(
     path = Path(source)
     if path.is_dir():
         if is_quantized(path):
-            return import_quantized(path, dims, constants)
-        return fix_inputs(import_checkpoint(path), dims, constants)
+            return import_quantized(path, dims, constants, past=past)
+        return fix_inputs(import_checkpoint(path, past=past), dims, constants)
     if path.suffix == GGUF:
-        return fix_inputs(import_gguf(path), dims, constants)
+        return fix_inputs(import_gguf(path, past=past), dims, constants)
     return import_onnx(path, dims, constants, convolutions=convolutions)
 
 

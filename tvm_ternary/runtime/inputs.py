@@ -15,7 +15,10 @@ from tvm_ternary.runtime.manifest import TensorSpec
 
 
 def check_inputs(
-    specs: Sequence[TensorSpec], inputs: Mapping[str, npt.ArrayLike], bounds: Mapping[str, int] | None = None
+    specs: Sequence[TensorSpec],
+    inputs: Mapping[str, npt.ArrayLike],
+    bounds: Mapping[str, int] | None = None,
+    known: Mapping[str, tuple[int, str]] | None = None,
 ) -> list[npt.NDArray[Any]]:
     """Give the inputs as arrays in the order of ``specs``.
 
@@ -28,6 +31,8 @@ def check_inputs(
     inputs : mapping of str to array
     bounds : mapping of str to int, optional
         The largest value of a named dimension, or a sum of some, where the model sets one.
+    known : mapping of str to (int, str), optional
+        Dimensions that are not the caller's to choose, perhaps 0, and what has them.
 
     Raises
     ------
@@ -48,9 +53,11 @@ def check_inputs(
         if name not in inputs:
             given = _list(list(inputs)) if inputs else "none"
             raise InputError(f"input {name!r}", f"is missing; given: {given}; expected {_list(names)}")
-    bound: dict[str, tuple[int, str]] = {}
+    bound: dict[str, tuple[int, str]] = dict(known or {})
     arrays = [_check(spec, inputs[spec.name], bound) for spec in specs]
     for dim, (got, source) in bound.items():
+        if dim in (known or {}):
+            continue
         most = (bounds or {}).get(dim)
         if got < 1 or (most is not None and got > most):
             wanted = "at least 1" if most is None else f"1 to {most}"
@@ -91,6 +98,14 @@ def _solved(dim: str, formula: Linear, got: int, source: str, bounds: Mapping[st
         f"has a dimension of {got}; expected {dim} with a whole number {name} {limit}",
         f"resize or pad it, to {' or '.join(map(str, near))}" if near else None,
     )
+
+
+def size_of(dim: int | str, specs: Sequence[TensorSpec], arrays: Sequence[npt.NDArray[Any]]) -> int:
+    """The number that a dimension of some input is in these inputs, which `check_inputs` has checked."""
+    if isinstance(dim, int):
+        return dim
+    pairs = zip(specs, arrays, strict=True)
+    return int(next(array.shape[spec.shape.index(dim)] for spec, array in pairs if dim in spec.shape))
 
 
 def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""What an artifact says about itself: a JSON document, version 4, read and written without loss.
+"""What an artifact says about itself: a JSON document, version 5, read and written without loss.
 
 It holds no time and no absolute path, so that the same input gives the same bytes.
 """
@@ -14,7 +14,7 @@ from tvm_ternary.errors import ArtifactError, LayoutError
 from tvm_ternary.runtime.reader import Reader
 
 FORMAT = "tvm-ternary"
-VERSION = 4
+VERSION = 5
 
 SMALL_OUTPUT = 1 << 16
 """Bytes below which a runtime copies an output. A larger one is never memory of the library's weights."""
@@ -250,6 +250,47 @@ class SizesInfo:
 
 
 @dataclass(frozen=True)
+class CacheInfo:
+    """Keys and values of one attention that the library keeps from run to run, in arrays that a runtime gives it.
+
+    Parameters
+    ----------
+    name, value : str
+        The model's inputs that held the keys and the values of the past.
+    batch : int or str
+        Sequences: a number, or a dimension of the inputs.
+    past : str
+        The dimension that was their length.
+    length : int or str
+        Tokens that a run appends: a number, or a dimension of the inputs.
+    kv_heads, size, value_size : int
+        Heads of keys and values, elements of a key's and of a value's.
+    mode : str
+        ``full``, ``ternary-keys``, ``ternary-keys-values`` or ``adaptive``.
+    key_planes, value_planes : int
+        Ternary planes, of tokens older than the window.
+    window : int or None
+        Last tokens that stay in float, unless whoever loads it says otherwise; None: all.
+    reason : str or None
+        Why it is as it is, where that was decided and not asked for.
+    """
+
+    name: str
+    value: str
+    batch: int | str
+    past: str
+    length: int | str
+    kv_heads: int
+    size: int
+    value_size: int
+    mode: str
+    key_planes: int
+    value_planes: int
+    window: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything an artifact says about itself; see the parts for their fields.
 
@@ -257,7 +298,8 @@ class Manifest:
     sets one, by its table of positions for example; every named dimension is at least 1. ``versions`` maps a package
     (``tvm-ternary``, ``apache-tvm``, ``apache-tvm-ffi``) to its version. ``kernels`` has a row for every GPU kernel and
     architecture, none on the CPU. ``graph`` says that a run is captured as a CUDA graph and launched as one from then
-    on.
+    on. ``caches`` are parameters of ``main`` between inputs and weights: a shape of one dimension, how many tokens
+    there are; the same number for each sequence as int32; and the arrays of each cache in turn.
     """
 
     model: ModelInfo
@@ -273,6 +315,7 @@ class Manifest:
     sizes: SizesInfo
     kernels: tuple[KernelInfo, ...] = ()
     graph: bool = False
+    caches: tuple[CacheInfo, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the document as plain dictionaries, lists and scalars."""
@@ -338,4 +381,5 @@ def _manifest(reader: Reader, body: dict[str, Any]) -> Manifest:
         sizes=reader.one(SizesInfo, body, "sizes"),
         kernels=reader.many(KernelInfo, body, "kernels"),
         graph=reader.value(bool, body, "graph"),
+        caches=reader.many(CacheInfo, body, "caches"),
     )

@@ -6,8 +6,9 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tvm_ternary.runtime.artifact import Artifact, read_artifact
 from tvm_ternary.runtime.cuda import check_device
 from tvm_ternary.runtime.device import Device, choose_device
 from tvm_ternary.runtime.driver import read_devices
-from tvm_ternary.runtime.inputs import check_inputs, check_outputs
+from tvm_ternary.runtime.inputs import check_inputs, check_outputs, size_of
 from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import SMALL_OUTPUT, Manifest, TensorSpec
+from tvm_ternary.runtime.model_cache import ModelCache, ModuleCacheStats, make_cache
 from tvm_ternary.runtime.profile import Profile, take_profile
 from tvm_ternary.runtime.threads import CallingThread, ComputeThread, thread_count
 from tvm_ternary.runtime.weights import artifact_weights
@@ -55,7 +57,24 @@ class Timing:
     runs: tuple[float, ...]
 
 
-def load(path: str | os.PathLike[str], device: str | None = None, threads: int | None = None) -> Module:
+@dataclass(frozen=True)
+class _CacheTensors:
+    """The arrays of a cache as tensors, the number of tokens of each sequence before them."""
+
+    arrays: list[list[npt.NDArray[Any]]]
+    counts: npt.NDArray[np.int32]
+    tensors: list[Any]
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    kv_tokens: int | None = None,
+    kv_window: int | None = None,
+    kv_memory: int | str | None = None,
+) -> Module:
     """Load an artifact that `tvm_ternary.compile` made. Neither ``tvm`` nor a compiler is needed.
 
     Parameters
@@ -68,6 +87,10 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
         How many threads compute on the CPU. None: see `tvm_ternary.runtime.threads.thread_count`. For a GPU one is
         enough, which is then what None stands for. One on a CPU is the thread that calls; what else it does with TVM
         is then done by it alone, too.
+    kv_tokens, kv_window, kv_memory
+        Of a model that was compiled to keep keys and values: how many tokens a sequence may have (None: as many as the
+        model allows, or 4,096), the last tokens that stay in float, and the bytes that all may take; see
+        `tvm_ternary.runtime.model_cache.ModelCache`.
 
     Raises
     ------
@@ -77,7 +100,8 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
         If this host lacks a CPU feature that the code needs, the device, a driver for it, enough of its memory, or a
         runtime library; or the artifact has no code for the device.
     OptionError
-        If ``threads`` is no such number, or ``device`` no such name.
+        If ``threads`` is no such number, ``device`` no such name, or one of the last three is wrong, or given for a
+        model that keeps nothing.
     """
     if threads is not None:
         thread_count(threads)
@@ -92,7 +116,8 @@ def load(path: str | os.PathLike[str], device: str | None = None, threads: int |
         tvm_ffi = runtime.result()
     if chosen.kind == "cuda":
         load_cuda_runtime(folder)
-    return Module(artifact, tvm_ffi, chosen, count)
+    cache = make_cache(artifact.manifest, kv_tokens, kv_window, kv_memory)
+    return Module(artifact, tvm_ffi, chosen, count, cache)
 
 
 class Module:
@@ -102,8 +127,12 @@ class Module:
     After a fork the child may go on using it on the CPU, if no run was under way; CUDA does not work in the child.
     """
 
-    def __init__(self, artifact: Artifact, tvm_ffi: Any, device: Device, threads: int) -> None:
+    def __init__(
+        self, artifact: Artifact, tvm_ffi: Any, device: Device, threads: int, cache: ModelCache | None = None
+    ) -> None:
         self._artifact = artifact
+        self._cache = cache
+        self._cached: _CacheTensors | None = None
         self._tvm_ffi = tvm_ffi
         self._device = device
         self._process = os.getpid()
@@ -143,6 +172,35 @@ class Module:
         """How many threads of the CPU compute."""
         return self._thread.count
 
+    @property
+    def cache(self) -> ModelCache:
+        """What it keeps from run to run: ``length``, ``truncate(tokens)``, ``reset()``, ``bytes(batch)``, ``stats()``.
+
+        Raises
+        ------
+        OptionError
+            If it was not compiled to keep anything.
+        """
+        if self._cache is None:
+            problem = "keeps no keys and values; what is past is among its inputs, if it has any"
+            raise OptionError(f"model {self.manifest.model.name}", problem, "compile with --attention")
+        return self._cache
+
+    @property
+    def known_dims(self) -> dict[str, int]:
+        """Dimensions that the inputs are not asked for: how many tokens the cache has."""
+        return {} if self._cache is None else {self.manifest.caches[0].past: self._cache.length}
+
+    def stats(self) -> ModuleCacheStats:
+        """What it keeps now, what that takes, and what was decided for each attention and why.
+
+        Raises
+        ------
+        OptionError
+            As of `cache`.
+        """
+        return self.cache.stats()
+
     def __repr__(self) -> str:
         specs = (", ".join(map(str, part)) for part in (self.inputs, self.outputs))
         return f"<Module {self.manifest.model.name}: {' -> '.join(specs)}>"
@@ -172,7 +230,7 @@ class Module:
         """
         self._check_process()
         wanted = check_outputs(self.outputs, output_names)
-        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
+        arrays = self._check(inputs)
         return self._thread.call(self._run, arrays, wanted)
 
     def time(self, inputs: Mapping[str, npt.ArrayLike], repeat: int = 10, number: int = 1) -> Timing:
@@ -198,7 +256,7 @@ class Module:
         """
         self._check_process()
         _check_counts(repeat=repeat, number=number)
-        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
+        arrays = self._check(inputs)
         runs = self._thread.call(self._time, arrays, repeat, number)
         p20, median, p80 = (float(value) for value in np.percentile(runs, (20, 50, 80)))
         return Timing(median, p20, p80, tuple(runs))
@@ -223,8 +281,12 @@ class Module:
         if self._device.kind != "cpu":
             raise OptionError("profile", f"is for the CPU; this model is on {self._device}", "use nsys for a GPU")
         _check_counts(repeat=repeat)
-        arrays = check_inputs(self.inputs, inputs, self.manifest.bounds)
+        arrays = self._check(inputs)
         return self._thread.call(self._profile, arrays, repeat)
+
+    def _check(self, inputs: Mapping[str, npt.ArrayLike]) -> list[npt.NDArray[Any]]:
+        known = {name: (size, "the cache") for name, size in self.known_dims.items()}
+        return check_inputs(self.inputs, inputs, self.manifest.bounds, known)
 
     def _check_process(self) -> None:
         if self._device.kind == "cuda" and self._process != os.getpid():
@@ -253,6 +315,8 @@ class Module:
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
         tensors = self._tensors(arrays)
         results = self._call(tensors)
+        if self._cache is not None:
+            self._cache.advance(self._new_tokens(arrays))
         if self._device.kind != "cpu":
             return [self._array(results[index]) for index in wanted]
         views = [self._view(results[index]) for index in wanted]
@@ -270,21 +334,34 @@ class Module:
 
     def _time(self, arrays: list[npt.NDArray[Any]], repeat: int, number: int) -> list[float]:
         tensors = self._tensors(arrays)
-        self._call(tensors)
         runs = []
-        for _ in range(repeat):
-            start = time.perf_counter()
-            for _ in range(number):
-                self._main(*tensors)
-            self._synchronize(self._place, _DEFAULT_STREAM)
-            runs.append((time.perf_counter() - start) / number)
+        with self._as_it_was():
+            self._call(tensors)
+            for _ in range(repeat):
+                start = time.perf_counter()
+                for _ in range(number):
+                    self._main(*tensors)
+                self._synchronize(self._place, _DEFAULT_STREAM)
+                runs.append((time.perf_counter() - start) / number)
         return runs
 
     def _profile(self, arrays: list[npt.NDArray[Any]], repeat: int) -> Profile:
         tensors = self._tensors(arrays)
-        self._call(tensors)
         layers = {function.name: function.layers for function in self.manifest.functions}
-        return take_profile(self._machine, lambda: self._main(*tensors), self._tvm_ffi.Tensor, layers, repeat)
+        with self._as_it_was():
+            self._call(tensors)
+            return take_profile(self._machine, lambda: self._main(*tensors), self._tvm_ffi.Tensor, layers, repeat)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Runs in here leave the cache as it is: each appends the same tokens again, which are then forgotten."""
+        tails = [] if self._cache is None else self._cache.tails()
+        before = [array.copy() for array in tails]
+        try:
+            yield
+        finally:
+            for array, copy in zip(tails, before, strict=True):
+                array[...] = copy
 
     def _call(self, tensors: list[Any]) -> list[Any]:
         try:
@@ -309,7 +386,24 @@ class Module:
                 self._shapes_seen.clear()
                 self._release_pool()
             self._shapes_seen.add(shapes)
-        return [*self._upload(arrays), *self._weights]
+        return [*self._upload(arrays), *self._kept(arrays), *self._weights]
+
+    def _kept(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
+        """What `Manifest.caches` says lies between inputs and weights, once there is room for what these append."""
+        cache = self._cache
+        if cache is None:
+            return []
+        batch = size_of(self.manifest.caches[0].batch, self.inputs, arrays)
+        cache.begin(batch, self._new_tokens(arrays))
+        if self._cached is None or self._cached.arrays is not cache.arrays:
+            counts = aligned_empty((batch,), np.dtype(np.int32))
+            tensors = [self._tensor(array) for one in ([counts], *cache.arrays) for array in one]
+            self._cached = _CacheTensors(cache.arrays, counts, tensors)
+        self._cached.counts.fill(cache.length)
+        return [self._tvm_ffi.Shape((cache.length,)), *self._cached.tensors]
+
+    def _new_tokens(self, arrays: Sequence[npt.NDArray[Any]]) -> int:
+        return size_of(self.manifest.caches[0].length, self.inputs, arrays)
 
     def _upload(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
         try:

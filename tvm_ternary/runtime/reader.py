@@ -15,6 +15,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
     "float": (int, float),
+    "int | str": (int, str),
+    "int | None": (int, type(None)),
     "str | None": (str, type(None)),
     "float | None": (int, float, type(None)),
     "dict[str, Any]": (dict,),

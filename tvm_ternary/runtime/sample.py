@@ -23,6 +23,7 @@ def random_inputs(
     dims: Mapping[str, int] | None = None,
     seed: int = 0,
     bounds: Mapping[str, int] | None = None,
+    known: Mapping[str, int] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Make inputs that a model accepts.
 
@@ -41,6 +42,8 @@ def random_inputs(
         The same seed gives the same inputs.
     bounds : mapping of str to int, optional
         The largest value of a named dimension, where the model sets one: ``module.manifest.bounds``.
+    known : mapping of str to int, optional
+        Dimensions that are not for the inputs to say: ``module.known_dims``.
 
     Raises
     ------
@@ -66,6 +69,7 @@ def random_inputs(
         for term in terms:
             limits[term] = min(most // len(terms), limits.get(term, most))
     sizes = {name: dims.get(name, min(usual[name], limits.get(name, usual[name]))) for name in names}
+    sizes |= known or {}
     totals = {text: formula.value(sizes) for text, formula in formulas.items() if text not in dims}
     sizes |= {text: total for text, total in totals.items() if total is not None}
     generator = np.random.default_rng(seed)

@@ -236,6 +236,9 @@ static DLDevice OpenDevice(const std::string& name, const json::Value& target) {
 }
 
 static std::vector<Array> ReadInputs(const json::Value& manifest, const Options& options) {
+  if (!List(manifest, "caches").empty()) {
+    Fail("the model keeps keys and values from run to run; load it in Python, or compile with --attention full");
+  }
   const json::Array specs = List(manifest, "inputs");
   const auto bounds = Member(manifest, "bounds").cast<ffi::Map<ffi::String, int64_t>>();
   const bool given = !options.inputs.empty();

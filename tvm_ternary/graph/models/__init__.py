@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from tvm_ternary.errors import ModelError
-from tvm_ternary.formats.tensor_files import Tensors
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.models import bert, gpt2, llama
 
-Build = Callable[[Mapping[str, Any], Tensors], ImportedModel]
+Build = Callable[..., ImportedModel]
+"""From a configuration and `Tensors`; those of `DECODERS` may be told that there is a ``past``."""
 
 ARCHITECTURES: dict[str, Build] = {
     "bert": bert.build,
@@ -28,13 +29,17 @@ ARCHITECTURES: dict[str, Build] = {
 """What builds the graph of a checkpoint, by its ``model_type``."""
 
 
-def find_architecture(config: Mapping[str, Any], where: str) -> Build:
-    """The builder for a configuration.
+DECODERS = frozenset(("bitnet", "gpt2", "llama", "mistral", "qwen2", "qwen3"))
+"""Those that write text token by token, and may remember keys and values."""
+
+
+def find_architecture(config: Mapping[str, Any], where: str, *, past: bool = False) -> Build:
+    """The builder for a configuration; ``past`` says that the model is to have keys and values of the past.
 
     Raises
     ------
     ModelError
-        If it names no architecture, or one that no file here builds; lists those that are.
+        If it names no architecture, or one that no file here builds; lists those that are. Or if it has no past.
     """
     name = config.get("model_type")
     known = ", ".join(sorted(ARCHITECTURES))
@@ -43,4 +48,9 @@ def find_architecture(config: Mapping[str, Any], where: str) -> Build:
     if name not in ARCHITECTURES:
         hint = f"known are {known}; any other model compiles from an ONNX export"
         raise ModelError(where, f"architecture {name!r} is not known", hint)
-    return ARCHITECTURES[name]
+    if not past:
+        return ARCHITECTURES[name]
+    if name not in DECODERS:
+        problem = f"architecture {name!r} sees a whole text at once, and has no keys and values of the past"
+        raise ModelError(where, problem, "compile with --attention full")
+    return partial(ARCHITECTURES[name], past=True)

@@ -21,7 +21,7 @@ def padding_mask(graph: GraphBuilder, attention_mask: relax.Expr) -> relax.Var:
 
 
 def causal_mask(graph: GraphBuilder, attention_mask: relax.Expr, window: int | None = None) -> relax.Var:
-    """The same, and later positions are masked too: (batch, 1, sequence, sequence) float32.
+    """The same, and later positions are masked too: (batch, 1, sequence, total) float32.
 
     Parameters
     ----------
@@ -32,15 +32,16 @@ def causal_mask(graph: GraphBuilder, attention_mask: relax.Expr, window: int | N
     if window is not None:
         near = graph.emit(R.greater(positions, graph.emit(R.subtract(query, relax.const(window, "int64")))))
         seen = graph.emit(R.logical_and(seen, near))
-    keys = graph.reshape(attention_mask, graph.batch, 1, 1, graph.sequence)
+    keys = graph.reshape(attention_mask, graph.batch, 1, 1, graph.total)
     seen = graph.emit(R.logical_and(graph.emit(R.not_equal(keys, relax.const(0, "int64"))), seen))
     return _additive(graph, seen)
 
 
 def not_later(graph: GraphBuilder) -> tuple[relax.Var, relax.Var, relax.Var]:
-    """Positions (sequence,), the same as a column, and whether each of a row is at most that of the column."""
-    positions = graph.emit(R.arange(0, graph.sequence, 1, "int64"))
-    column = graph.reshape(positions, graph.sequence, 1)
+    """Positions (total,), the new ones as a column, and whether each of a row is at most that of the column."""
+    positions = graph.emit(R.arange(0, graph.total, 1, "int64"))
+    new = graph.emit(R.arange(graph.past, graph.total, 1, "int64"))
+    column = graph.reshape(new, graph.sequence, 1)
     return positions, column, graph.emit(R.less_equal(positions, column))
 
 
@@ -64,7 +65,7 @@ def attend(
     key, value : (batch, sequence, kv_heads, size)
         Where there are fewer of them than heads, each serves as many neighbouring heads (grouped-query attention). The
         queries of a group then are more rows of one product: no key is copied.
-    mask : (batch, 1, 1 or sequence, sequence)
+    mask : (batch, 1, 1 or sequence, total)
     scale : float
 
     Returns
@@ -75,6 +76,7 @@ def attend(
     ----------
     Vaswani et al., "Attention Is All You Need", 2017, equation 1; Ainslie et al., "GQA", 2023, section 2.2.
     """
+    key, value = graph.remember(key, value)
     heads, size = (int(dim) for dim in query.ty.shape.values[2:])
     kv_heads = int(key.ty.shape.values[2])
     if heads % kv_heads:
@@ -85,11 +87,11 @@ def attend(
         query = graph.reshape(query, batch, kv_heads, group * length, size)
     scores = graph.emit(R.matmul(query, graph.emit(R.permute_dims(key, [0, 2, 3, 1]))))
     if group > 1:
-        scores = graph.reshape(scores, batch, heads, length, length)
+        scores = graph.reshape(scores, batch, heads, length, graph.total)
     scores = graph.emit(R.multiply(scores, relax.const(scale, "float32")))
     weights = graph.emit(R.nn.softmax(graph.emit(R.add(scores, mask)), -1))
     if group > 1:
-        weights = graph.reshape(weights, batch, kv_heads, group * length, length)
+        weights = graph.reshape(weights, batch, kv_heads, group * length, graph.total)
     mixed = graph.emit(R.matmul(weights, graph.emit(R.permute_dims(value, [0, 2, 1, 3]))))
     if group > 1:
         mixed = graph.reshape(mixed, batch, heads, length, size)

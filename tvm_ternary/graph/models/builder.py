@@ -21,8 +21,9 @@ from tvm_ternary.formats.tensor_files import Tensors, TernaryTensors
 from tvm_ternary.graph.importer import ImportedModel, tensor_spec
 from tvm_ternary.graph.models.lazy import Lazy
 from tvm_ternary.graph.models.weights import floats
+from tvm_ternary.graph.onnx.values import describe
 
-BATCH, SEQUENCE = "batch", "sequence"
+BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
 
 
 def build_model(
@@ -32,6 +33,7 @@ def build_model(
     *,
     bounds: Mapping[str, int] | None = None,
     harmless: Collection[str] = (),
+    past: bool = False,
 ) -> ImportedModel:
     """Build a model.
 
@@ -40,26 +42,29 @@ def build_model(
     tensors : Tensors
         The checkpoint.
     inputs : sequence of str
-        Names of the inputs, each int64 [batch, sequence].
+        Names of the inputs, each int64 [batch, sequence]; the second, where there is a past, [batch, past + sequence].
     body : callable
         Computes the outputs, by name, with the builder it is given.
     bounds : mapping of str to int, optional
         The largest value of ``batch`` or ``sequence``.
     harmless : collection of str
         Last parts of the names of tensors that a checkpoint may hold although the architecture has no use for them.
+    past : bool
+        Whether keys and values of tokens before these are inputs, and those with these behind them outputs.
 
     Raises
     ------
     ModelError
         If a tensor is missing, has another shape than the configuration says, is NaN or infinite, or is not used.
     """
-    graph = GraphBuilder(tensors, inputs)
+    graph = GraphBuilder(tensors, inputs, past=past)
     results: dict[str, relax.Expr] = {}
     failure: Exception | None = None
     with graph.blocks.function("main", list(graph.inputs.values())):
         with graph.blocks.dataflow():
             try:
                 results.update(body(graph))
+                results.update(graph.present)
                 graph.refuse_unused(harmless)
             except Exception as error:  # TVM prints a warning when a builder is left with open blocks
                 failure = error
@@ -70,10 +75,10 @@ def build_model(
     return ImportedModel(
         module=graph.module(),
         params=graph.matrices,
-        inputs=tuple(tensor_spec(name, var) for name, var in graph.inputs.items()),
+        inputs=tuple(tensor_spec(name, var) for name, var in {**graph.inputs, **graph.states}.items()),
         outputs=tuple(tensor_spec(name, value) for name, value in results.items()),
         name="model",
-        bounds=dict(bounds or {}),
+        bounds={describe(graph.total) if past and name == SEQUENCE else name: n for name, n in (bounds or {}).items()},
         embeddings={name: tuple(map(int, table.ty.shape.values)) for name, table in graph.tables.items()},
         others={},
         tables=dict(graph.tables),
@@ -90,6 +95,8 @@ class GraphBuilder:
     blocks : relax.BlockBuilder
     batch, sequence : tirx.Var
         The symbolic dimensions.
+    past, total : tirx expression
+        Tokens before these, and all.
     inputs : dict of str to relax.Var
     matrices : Lazy
         (K, N) float32, in the order of their first use.
@@ -97,14 +104,23 @@ class GraphBuilder:
         Those of them that are ternary in the checkpoint, (N, K).
     tables : dict of str to relax.Expr
         Tables that rows are gathered from.
+    states, present : dict of str to relax.Var
+        Keys and values of the past, which are inputs, and those of all tokens, which are outputs.
     """
 
-    def __init__(self, tensors: Tensors, inputs: Sequence[str]) -> None:
+    def __init__(self, tensors: Tensors, inputs: Sequence[str], *, past: bool = False) -> None:
         self.tensors = tensors
         self.blocks = relax.BlockBuilder()
         self.batch, self.sequence = tirx.Var(BATCH, "int64"), tirx.Var(SEQUENCE, "int64")
-        shape = relax.TensorType([self.batch, self.sequence], "int64")
-        self.inputs = {name: relax.Var(name, shape) for name in inputs}
+        self.past = tirx.Var(PAST, "int64") if past else tirx.const(0, "int64")
+        self.total = self.past + self.sequence if past else self.sequence
+        lengths = [self.sequence, self.total]
+        self.inputs = {
+            name: relax.Var(name, relax.TensorType([self.batch, lengths[n > 0]], "int64"))
+            for n, name in enumerate(inputs)
+        }
+        self.states: dict[str, relax.Var] = {}
+        self.present: dict[str, relax.Var] = {}
         self.matrices = Lazy[npt.NDArray[np.float32]]()
         self.ternary = Lazy[TernaryTensor]()
         self.tables: dict[str, relax.Expr] = {}
@@ -210,9 +226,9 @@ class GraphBuilder:
         """The finished function, its matrices behind its inputs."""
         module = self.blocks.get()
         main = module["main"]
-        params = [*main.params, *self._parameters.values()]
+        params = [*main.params, *self.states.values(), *self._parameters.values()]
         main = relax.Function(params, main.body, main.ret_ty, main.is_pure, main.attrs)
-        module["main"] = main.with_attr("num_input", len(self.inputs))
+        module["main"] = main.with_attr("num_input", len(self.inputs) + len(self.states))
         return module
 
     # Layers
@@ -259,9 +275,22 @@ class GraphBuilder:
         return self.emit(R.take(self.table(name, rows, width), ids, 0, "nan"))
 
     def first_rows(self, name: str, rows: int, width: int, start: int = 0) -> relax.Var:
-        """As many rows of a table as the sequence is long, from ``start`` on: (sequence, width)."""
-        positions = self.emit(R.arange(tirx.const(start, "int64"), self.sequence + start, 1, "int64"))
+        """As many rows of a table as the sequence is long, from ``start`` on behind the past: (sequence, width)."""
+        positions = self.emit(R.arange(self.past + start, self.total + start, 1, "int64"))
         return self.emit(R.take(self.table(name, rows, width), positions, 0, "clip"))
+
+    def remember(self, key: relax.Expr, value: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
+        """Keys and values (batch, sequence, heads, size) behind those of the past, (batch, total, heads, size)."""
+        if not isinstance(self.past, tirx.Var):
+            return key, value
+        layer, joined = len(self.states) // 2, []
+        for kind, new in (("key", key), ("value", value)):
+            shape = [self.batch, self.past, *new.ty.shape.values[2:]]
+            before = relax.Var(f"past_key_values.{layer}.{kind}", relax.TensorType(shape, "float32"))
+            joined.append(self.emit(R.concat([before, new], 1)))
+            self.states[f"past_key_values.{layer}.{kind}"] = before
+            self.present[f"present.{layer}.{kind}"] = joined[-1]
+        return joined[0], joined[1]
 
     def layer_norm(self, x: relax.Expr, name: str, width: int, epsilon: float) -> relax.Var:
         """``name.weight`` and ``name.bias`` over the last axis; old checkpoints call them ``gamma`` and ``beta``."""

@@ -19,7 +19,7 @@ _READ = ("tvm-ternary", "bitnet")
 """Ways of quantization whose tensors are read; what each architecture makes of them it says itself."""
 
 
-def import_checkpoint(folder: str | Path, tensors: Tensors | None = None) -> ImportedModel:
+def import_checkpoint(folder: str | Path, tensors: Tensors | None = None, *, past: bool = False) -> ImportedModel:
     """Build the graph of a checkpoint over its tensors; matrices are read when they are asked for.
 
     Parameters
@@ -28,6 +28,8 @@ def import_checkpoint(folder: str | Path, tensors: Tensors | None = None) -> Imp
         Holds ``config.json`` and, unless ``tensors`` are given, safetensors files.
     tensors : Tensors, optional
         What to read the weights from.
+    past : bool
+        Whether a decoder gets keys and values of the past as inputs, and gives those of all tokens.
 
     Raises
     ------
@@ -37,7 +39,7 @@ def import_checkpoint(folder: str | Path, tensors: Tensors | None = None) -> Imp
     folder = Path(folder)
     config = read_config(folder)
     where = str(folder / FILE)
-    build = find_architecture(config, where)
+    build = find_architecture(config, where, past=past)
     found = config.get(_METHOD)
     method = found.get("quant_method") if isinstance(found, dict) else None
     if found is not None and method not in _READ:

@@ -71,8 +71,8 @@ _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _FACTORS = "rope_freqs.weight"
 
 
-def import_gguf(path: str | Path) -> ImportedModel:
-    """Build the graph of a GGUF file; matrices are read when they are asked for.
+def import_gguf(path: str | Path, *, past: bool = False) -> ImportedModel:
+    """Build the graph of a GGUF file; matrices are read when they are asked for; ``past`` as of `import_checkpoint`.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def import_gguf(path: str | Path) -> ImportedModel:
         If the package ``gguf`` is not installed.
     """
     config, tensors = open_gguf(path)
-    model = find_architecture(config, str(path))(config, tensors)
+    model = find_architecture(config, str(path), past=past)(config, tensors)
     return replace(model, name=Path(path).stem)
 
 

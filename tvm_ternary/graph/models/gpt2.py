@@ -25,11 +25,11 @@ _BUFFERS = ("attn.bias", "attn.masked_bias")
 """The causal mask, which old checkpoints hold for every layer."""
 
 
-def build(config: Mapping[str, Any], tensors: Tensors) -> ImportedModel:
-    """Build GPT-2: ``input_ids``, ``attention_mask`` to ``logits``."""
+def build(config: Mapping[str, Any], tensors: Tensors, *, past: bool = False) -> ImportedModel:
+    """Build GPT-2: ``input_ids``, ``attention_mask`` to ``logits``; with a past, keys and values go in and out."""
     decoder = _Decoder(Settings(config), tensors)
     bounds = {SEQUENCE: decoder.positions}
-    return build_model(tensors, [IDS, MASK], decoder.body, bounds=bounds, harmless=_BUFFERS)
+    return build_model(tensors, [IDS, MASK], decoder.body, bounds=bounds, harmless=_BUFFERS, past=past)
 
 
 class _Decoder:

@@ -68,8 +68,8 @@ QWEN3 = Family(head_norm=True, window="use_sliding_window", head_size=128)
 BITNET = Family(inner_norm=True, activation="relu2", theta=500000.0, epsilon=1e-5)
 
 
-def build(config: Mapping[str, Any], tensors: Tensors, family: Family = LLAMA) -> ImportedModel:
-    """Build a decoder: ``input_ids``, ``attention_mask`` to ``logits``.
+def build(config: Mapping[str, Any], tensors: Tensors, family: Family = LLAMA, *, past: bool = False) -> ImportedModel:
+    """Build a decoder: ``input_ids``, ``attention_mask`` to ``logits``; with a past, keys and values go in and out.
 
     Where ``quantization_config`` is BitNet's, for any family, the matrices are ternary: see `BitnetTensors`.
     """
@@ -78,7 +78,7 @@ def build(config: Mapping[str, Any], tensors: Tensors, family: Family = LLAMA) -
         tensors = BitnetTensors(tensors, quantization)
     decoder = _Decoder(Settings(config), tensors, family)
     bounds = {SEQUENCE: decoder.rope.positions}
-    return build_model(tensors, [IDS, MASK], decoder.body, bounds=bounds, harmless=_BUFFERS)
+    return build_model(tensors, [IDS, MASK], decoder.body, bounds=bounds, harmless=_BUFFERS, past=past)
 
 
 build_mistral, build_qwen2, build_qwen3, build_bitnet = (

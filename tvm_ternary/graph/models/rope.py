@@ -159,8 +159,8 @@ class Rotation:
 
 
 def rotation(graph: GraphBuilder, rope: Rope) -> Rotation:
-    """Compute the rotation of positions 0, 1, ... of the sequence."""
-    positions = graph.emit(R.arange(0, graph.sequence, 1, "int64"))
+    """Compute the rotation of the sequence's positions, which begin behind the past."""
+    positions = graph.emit(R.arange(graph.past, graph.total, 1, "int64"))
     step = relax.const(STEP, "int64")
     far = graph.emit(R.floor_divide(positions, step))
     near = graph.emit(R.subtract(positions, graph.emit(R.multiply(far, step))))

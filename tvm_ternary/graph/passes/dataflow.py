@@ -63,7 +63,9 @@ def _is_call(value: relax.Expr) -> bool:
 
 
 def dims_of(expr: relax.Expr) -> list[Any] | None:
-    """The dimensions of a tensor, None where they are not known."""
+    """The dimensions of a tensor, or those that a shape holds; None where they are not known."""
+    if isinstance(expr.ty, relax.ShapeType):
+        return None if expr.ty.values is None else list(expr.ty.values)
     shape = getattr(expr.ty, "shape", None)
     return list(shape.values) if isinstance(shape, relax.ShapeExpr) else None
 

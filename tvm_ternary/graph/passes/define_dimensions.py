@@ -22,6 +22,8 @@ from tvm.relax import op as R
 from tvm.sym import Analyzer, detect_linear_equation
 from tvm.tirx.analysis import undefined_vars
 
+from tvm_ternary.graph.passes.dataflow import dims_of
+
 
 @dataclass(frozen=True)
 class Place:
@@ -42,7 +44,7 @@ def find_places(inputs: Sequence[relax.Var]) -> dict[tirx.Var, Place]:
     alone: dict[tirx.Var, Place] = {}
     multiples: dict[tirx.Var, Place] = {}
     for number, var in enumerate(inputs):
-        for axis, dim in enumerate(var.ty.shape.values):
+        for axis, dim in enumerate(dims_of(var) or []):
             names = undefined_vars(dim)
             if isinstance(dim, tirx.Var):
                 alone.setdefault(dim, Place(number, axis))
@@ -69,7 +71,7 @@ def define_dimensions(module: tvm.IRModule) -> tvm.IRModule:
     places = {symbol: place for symbol, place in find_places(inputs).items() if place.factor != 1 or place.offset}
     if not places:
         return module
-    opened = {var: _opened(var, places) for var in inputs if any(_has(dim, places) for dim in var.ty.shape.values)}
+    opened = {var: _opened(var, places) for var in inputs if any(_has(dim, places) for dim in dims_of(var) or [])}
     lengths = [opened[inputs[place.input]].ty.shape.values[place.axis] for place in places.values()]
     sizes = [Analyzer().simplify(place.size(n)) for place, n in zip(places.values(), lengths, strict=True)]
     # What was a parameter is bound in the body, which stays as it is.

@@ -1,0 +1,189 @@
+"""Which attentions of a model keep ternary keys and values inside the library, and with how many planes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import tvm
+
+from tvm_ternary.convert.attention import Errors, choose_planes
+from tvm_ternary.errors import OptionError
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.cache_attention import CacheChoice, cache_attention, find_caches, without_past
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.ternary_keys import STEPS
+from tvm_ternary.runtime.kv_cache import BLOCK
+from tvm_ternary.schedule.cpu import simd_of
+from tvm_ternary.schedule.cpu.attention.packed import Packed
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.target import Target
+
+FULL, KEYS, KEYS_VALUES, ADAPTIVE = "full", "ternary-keys", "ternary-keys-values", "adaptive"
+MODES = (FULL, KEYS, KEYS_VALUES, ADAPTIVE)
+"""What `AttentionMode` names: float; keys ternary; both; chosen for each attention by what it costs in accuracy."""
+
+
+def read_modes(attention: str | Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
+    """Patterns over names and the mode of what they match, first match first.
+
+    Parameters
+    ----------
+    attention : str, sequence or mapping, optional
+        One mode for all, or ``PATTERN=MODE`` each; None: full.
+
+    Raises
+    ------
+    OptionError
+        If a mode does not exist or a pattern is no regular expression.
+    """
+    if attention is None:
+        return {}
+    given = [attention] if isinstance(attention, str) else attention
+    pairs = list(given.items()) if isinstance(given, Mapping) else [_pair(text) for text in given]
+    for pattern, mode in pairs:
+        if mode not in MODES:
+            raise OptionError(f"attention {mode!r}", "does not exist", f"choose one of {', '.join(MODES)}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"attention {pattern!r}", f"is no regular expression ({error})") from error
+    return dict(pairs)
+
+
+def keeps_past(modes: Mapping[str, str]) -> bool:
+    """Whether keys and values are kept inside, of any attention and so of all."""
+    return any(mode != FULL for mode in modes.values())
+
+
+def read_planes(planes: int | str | tuple[int, int]) -> tuple[int, int]:
+    """Planes of keys and of values: one number for both, or two.
+
+    Raises
+    ------
+    OptionError
+        If that is not 1 to 3, once or twice.
+    """
+    parts = str(planes).split(",") if isinstance(planes, int | str) else list(map(str, planes))
+    if len(parts) not in (1, 2) or not all(part.strip() in map(str, STEPS) for part in parts):
+        raise OptionError(f"kv_planes {planes}", "is no number of planes; expected 1 to 3, or two of them: 2,1")
+    return int(parts[0]), int(parts[-1])
+
+
+def choose_caches(
+    model: ImportedModel,
+    modes: Mapping[str, str],
+    planes: tuple[int, int],
+    window: int,
+    measure: Callable[[ImportedModel], Errors] | None = None,
+    budget: float = 0.0,
+) -> dict[str, CacheChoice]:
+    """What each attention is to keep.
+
+    Parameters
+    ----------
+    model : ImportedModel
+    modes : mapping of str to str
+        As `read_modes` gives them.
+    planes : (int, int)
+        Of keys and values, where they are not chosen by their errors.
+    window : int
+        Last tokens that stay in float, a multiple of 64.
+    measure : callable, optional
+        For ``adaptive``: gives the errors of a model of whole texts (`convert.attention.attention_errors`).
+    budget : float
+        The largest error that ``adaptive`` allows.
+
+    Returns
+    -------
+    dict of str to CacheChoice
+        Empty where all stay as they are. As soon as one attention is not ``full``, all keep their past inside: those
+        that are keep it in float.
+
+    Raises
+    ------
+    OptionError
+        If a pattern matches nothing, an attention that is to keep its past inside cannot, or adaptive is asked for
+        without calibration.
+    """
+    if not keeps_past(modes):
+        return {}
+    if window < 0 or window % BLOCK:
+        raise OptionError(f"kv_window {window}", f"is no multiple of {BLOCK}")
+    found = find_caches(model)
+    if not found:
+        raise OptionError("attention", f"{model.name} has none that is known as such", "compile with --attention full")
+    wanted = {name: _mode_of(name, modes) for name in found}
+    for pattern in modes:
+        if not any(re.search(pattern, name) for name in found):
+            raise OptionError(f"attention {pattern!r}", "matches none", f"there are {', '.join(found)}")
+    for name, reason in found.items():
+        if reason is not None:
+            hint = "export the model with past keys and values as inputs and present ones as outputs"
+            raise OptionError(f"attention {name}", f"cannot be {wanted[name]}: it {reason}", hint)
+    if ADAPTIVE not in wanted.values():
+        return {name: _asked(mode, planes, window) for name, mode in wanted.items()}
+    if measure is None:
+        problem = "decides by what planes cost in accuracy, and was given nothing to measure that with"
+        raise OptionError("attention adaptive", problem, "give --kv-calibration, or choose ternary-keys-values")
+    errors = dict(zip(found, measure(without_past(model)).values(), strict=True))
+    return {
+        name: _measured(errors[name], window, budget) if mode == ADAPTIVE else _asked(mode, planes, window)
+        for name, mode in wanted.items()
+    }
+
+
+def keep_inside(model: ImportedModel, choices: Mapping[str, CacheChoice], target: Target) -> ImportedModel:
+    """Apply choices for a target.
+
+    Raises
+    ------
+    OptionError
+        If there are some and the target is no CPU.
+    """
+    if choices and target.kind == "cuda":
+        problem = f"{target.name} is no CPU; caches inside a library run on CPUs so far"
+        raise OptionError("attention", problem, "compile with --attention full")
+    return cache_attention(model, choices, partial(_schedule, target))
+
+
+def _schedule(
+    target: Target,
+    shape: Attention,
+    key_planes: int,
+    value_planes: int,
+    lengths: tuple[int | None, int | None],
+) -> tvm.tirx.PrimFunc:
+    from tvm_ternary.schedule.cpu.attention.cached import cached_attention
+
+    packed = Packed(key_planes, value_planes, BYTE_DOTS[target.tier])
+    return cached_attention(shape, packed, lengths, simd_of(tvm.target.Target(target.tvm)))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, equals, mode = text.rpartition("=")
+    return (pattern, mode) if equals else ("", text)
+
+
+def _mode_of(name: str, modes: Mapping[str, str]) -> str:
+    return next((mode for pattern, mode in modes.items() if re.search(pattern, name)), FULL)
+
+
+def _asked(mode: str, planes: tuple[int, int], window: int) -> CacheChoice:
+    keys, values = planes
+    if mode == FULL:
+        return CacheChoice(mode, 1, 1, None)
+    return CacheChoice(mode, keys, 0 if mode == KEYS else values, window)
+
+
+def _measured(errors: dict[int, dict[int, float]], window: int, budget: float) -> CacheChoice:
+    """The fewest planes that are good enough, for one attention; float where none are."""
+    (planes,) = choose_planes({"": errors}, budget).values()
+    counts = sorted(set.intersection(*(set(of_planes) for of_planes in errors.values())))
+    worst = ", ".join(f"{n}: {max(of_planes[n] for of_planes in errors.values()):.3f}" for n in counts)
+    if not planes:
+        reason = f"float: no number of planes keeps every head within {budget:g} (largest errors {worst})"
+        return CacheChoice(ADAPTIVE, 1, 1, None, reason)
+    reason = f"{planes} planes: the fewest that keep every head within {budget:g} (largest errors {worst})"
+    return CacheChoice(ADAPTIVE, planes, planes, window, reason)

@@ -1,0 +1,296 @@
+"""Keep keys and values of the past inside the compiled module, packed, instead of taking and giving them with each run.
+
+Before::
+
+    k = concat(past_key, new_k); v = concat(past_value, new_v)
+    y = attention(q, k, v, mask)
+    return logits, k, v
+
+After::
+
+    y = cached_attention(q, new_k, new_v, mask, kept, *arrays)
+    return logits
+
+``arrays`` are a cache's (`runtime.kv_cache.CacheShape.arrays`): parameters of ``main`` that the kernel writes to. TVM
+takes its call for one without effects, which is safe, since no other call reads the same arrays. How many tokens there
+are already was a dimension of the past; now it is one of a parameter that is a shape, and ``kept`` says it to the
+kernel for every sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvm_ternary.errors import OptionError
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.onnx.values import describe, plain
+from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
+from tvm_ternary.graph.passes.find_attention import Match, find_attentions, known_extent
+from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.runtime.kv_cache import BLOCK, CacheShape
+from tvm_ternary.runtime.linear import read_linear
+from tvm_ternary.runtime.manifest import CacheInfo
+from tvm_ternary.schedule.cpu.nest import substitute
+
+Schedule = Callable[[Attention, int, int, tuple[int | None, int | None]], tvm.tirx.PrimFunc]
+"""Gives the function of an attention for planes of keys and of values, batch and queries."""
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """What an attention keeps: `runtime.manifest.CacheInfo` explains the fields."""
+
+    mode: str
+    key_planes: int
+    value_planes: int
+    window: int | None
+    reason: str | None = None
+
+
+PAST, KEPT = "past_length", "kept_tokens"
+
+
+def find_caches(model: ImportedModel) -> dict[str, str | None]:
+    """The attentions whose keys and values may be kept inside.
+
+    Parameters
+    ----------
+    model : ImportedModel
+
+    Returns
+    -------
+    dict of str to (str or None)
+        For every attention its name, that of the input with its past keys (``attention.3`` where it has none), and why
+        it may not; None where it may. In the order in which they are computed.
+    """
+    return {name: reason for name, (_, reason) in _named(model).items()}
+
+
+def cache_attention(model: ImportedModel, chosen: Mapping[str, CacheChoice], schedule: Schedule) -> ImportedModel:
+    """Apply the change to the attentions that are named.
+
+    Parameters
+    ----------
+    model : ImportedModel
+    chosen : mapping of str to CacheChoice
+        For names that `find_caches` gives without a reason.
+    schedule : callable
+        Gives the scheduled function.
+
+    Returns
+    -------
+    ImportedModel
+        Without the inputs and outputs that were past and present; ``caches`` says what the runtime has to give instead.
+
+    Raises
+    ------
+    OptionError
+        If the attentions do not share one past.
+    """
+    matches = {name: match for name, (match, _) in _named(model).items() if name in chosen}
+    if not matches:
+        return model
+    pasts = {str(match.parts[0].extents["l"]): match.parts[0].extents["l"] for match in matches.values()}
+    if len(pasts) > 1:
+        raise OptionError("attention", f"has pasts of different lengths ({', '.join(pasts)}); expected one for all")
+    return _Cached(model, matches, chosen, schedule).run(next(iter(pasts.values())))
+
+
+def without_past(model: ImportedModel) -> ImportedModel:
+    """The same model for a whole text at once: nothing is past, and no keys and values go in or out.
+
+    Parameters
+    ----------
+    model : ImportedModel
+        All of whose attentions `find_caches` gives without a reason.
+    """
+    named = {name: match for name, (match, _) in _named(model).items()}
+    past = next(iter(named.values())).parts[0].extents["l"]
+    return _Whole(model, named).run(past)
+
+
+def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
+    main = model.module["main"]
+    flow = Dataflow(main)
+    inputs = {var: spec.name for var, spec in zip(main.params, model.inputs, strict=False)}
+    found: dict[str, tuple[Match, str | None]] = {}
+    for number, match in enumerate(find_attentions(main).values()):
+        reason = _reason(match, flow, inputs)
+        past = match.parts[0].value if match.joined else None
+        found[inputs.get(past, f"attention.{number}")] = (match, reason)
+    return found
+
+
+def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str | None:
+    """Why keys and values of an attention cannot be kept inside."""
+    if not match.joined:
+        return "has no past keys and values as inputs"
+    pasts = match.parts[0], match.parts[2]
+    for past in pasts:
+        if past.value not in inputs:
+            return "has a past that is computed from an input"
+        if flow.readers[past.value] != {match.key.value} and flow.readers[past.value] != {match.value.value}:
+            return "has a past that something else reads"
+        if not isinstance(past.extents["l"], tvm.tirx.Var):
+            return "has a past of a fixed length"
+    return None
+
+
+class _WithoutStates(relax.PyExprMutator):
+    """Takes inputs that are past, and outputs that are present, from a model."""
+
+    def __init__(self, model: ImportedModel, matches: Mapping[str, Match]) -> None:
+        super().__init__(model.module)
+        self.model, self.main, self.matches = model, model.module["main"], matches
+        self.count = int(self.main.attrs["num_input"])
+        pasts = {match.parts[n].value for match in matches.values() for n in (0, 2)}
+        self.specs = dict(zip(self.main.params, model.inputs, strict=False))
+        self.inputs = {var: spec for var, spec in self.specs.items() if var not in pasts}
+        self.gone = {one.value for match in matches.values() for one in (match.key, match.value)}
+
+    def rewritten(self, more: Callable[[], list[relax.Var]]) -> ImportedModel:
+        """The model with other inputs, those of ``more`` behind the ones that stay."""
+        body = self.visit_expr(self.main.body)
+        given = [*self.inputs, *more()]
+        function = relax.Function([*given, *self.main.params[self.count :]], body, None, self.main.is_pure)
+        function = function.with_attr("global_symbol", "main").with_attr("num_input", len(given))
+        blocks = self.main.body.blocks
+        returned = next(b.value for block in blocks for b in block.bindings if b.var == self.main.body.body)
+        outputs = zip(self.model.outputs, returned.fields, strict=True)
+        return replace(
+            self.model,
+            module=relax.transform.DeadCodeElimination()(with_main(self.builder_, function)),
+            inputs=tuple(self.inputs.values()),
+            outputs=tuple(spec for spec, field in outputs if field not in self.gone),
+        )
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        if binding.var == self.main.body.body:
+            fields = [self.visit_expr(field) for field in binding.value.fields if field not in self.gone]
+            self.set_var_remap(binding.var, self.builder_.emit_output(relax.Tuple(fields)))
+        else:
+            super().visit_var_binding_(binding)
+
+
+@relax.expr_functor.mutator
+class _Whole(_WithoutStates):
+    """Where keys and values were joined, new ones are all there are."""
+
+    def run(self, past: Any) -> ImportedModel:
+        model = self.rewritten(list)
+        bound = relax.transform.BindSymbolicVars({past: tvm.tirx.IntImm("int64", 0)}, "main")(model.module)
+        name = describe(past)
+        specs = [
+            [replace(spec, shape=tuple(_at_start(dim, name) for dim in spec.shape)) for spec in part]
+            for part in (model.inputs, model.outputs)
+        ]
+        return replace(model, module=bound, inputs=tuple(specs[0]), outputs=tuple(specs[1]))
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        new = {one.value: one.joined[1] for match in self.matches.values() for one in (match.key, match.value)}
+        if binding.var in new:
+            self.set_var_remap(binding.var, self.visit_expr(new[binding.var]))
+        else:
+            super().visit_var_binding_(binding)
+
+
+@relax.expr_functor.mutator
+class _Cached(_WithoutStates):
+    """Where keys and values were joined, a cache is appended to and attended to."""
+
+    def __init__(
+        self,
+        model: ImportedModel,
+        matches: Mapping[str, Match],
+        chosen: Mapping[str, CacheChoice],
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(model, matches)
+        self.chosen, self.schedule = chosen, schedule
+        self.names = {match.result: name for name, match in matches.items()}
+        self.functions: dict[Any, tvm.ir.GlobalVar] = {}
+        self.infos: dict[str, CacheInfo] = {}
+        self.arrays: dict[str, list[relax.Var]] = {}
+        first = next(iter(matches.values()))
+        self.kept = relax.Var(KEPT, relax.TensorType([first.query.extents["b"]], "int32"))
+
+    def run(self, past: Any) -> ImportedModel:
+        def more() -> list[relax.Var]:
+            length = relax.Var(PAST, relax.ShapeType([past]))
+            return [length, self.kept, *(var for one in self.arrays.values() for var in one)]
+
+        model = self.rewritten(more)
+        _require_start(model.module, past)
+        return replace(model, caches=tuple(self.infos[name] for name in self.matches))
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        if binding.var in self.names:
+            self.set_var_remap(binding.var, self.builder_.emit(self._call(self.names[binding.var])))
+        else:
+            super().visit_var_binding_(binding)
+
+    def _call(self, name: str) -> relax.Expr:
+        match, choice = self.matches[name], self.chosen[name]
+        masks, axes = add_masks(self.builder_, match, self.visit_expr)
+        shape = replace(match.shape(axes), joined=False)
+        batch, length = match.query.extents["b"], match.query.extents["l"]
+        key = shape, choice.key_planes, choice.value_planes, (known_extent(batch), known_extent(length))
+        if key not in self.functions:
+            self.functions[key] = self.builder_.add_func(self.schedule(*key), "cached_attention")
+        past_key, new_key, past_value, new_value = (part.value for part in match.parts)
+        self.infos[name] = CacheInfo(
+            name=name,
+            value=self.specs[past_value].name,
+            batch=self.specs[past_key].shape[match.key.layout.index("b")],
+            past=str(self.specs[past_key].shape[match.key.layout.index("l")]),
+            length=plain(length) if isinstance(plain(length), int) else describe(length),
+            kv_heads=shape.kv_heads,
+            size=shape.size,
+            value_size=shape.value_size,
+            **asdict(choice),
+        )
+        cache = CacheShape(
+            1, shape.kv_heads, shape.size, shape.value_size, BLOCK, choice.key_planes, choice.value_planes
+        )
+        self.arrays[name] = _parameters(len(self.arrays), cache, batch)
+        operands = [self.visit_expr(one) for one in (match.query.value, new_key, new_value)]
+        arguments = [*operands, *masks, self.kept, *self.arrays[name]]
+        return relax.call_tir(self.functions[key], arguments, match.result.ty)
+
+
+def _at_start(dim: int | str, past: str) -> int | str:
+    """A dimension where nothing is past."""
+    formula = read_linear(dim) if isinstance(dim, str) else None
+    if formula is None:
+        return dim
+    rest = formula.put({past: 0})
+    return rest if isinstance(rest, int) else rest.name or str(rest)
+
+
+def _parameters(number: int, shape: CacheShape, batch: Any) -> list[relax.Var]:
+    """A cache's arrays, for any batch, capacity and window."""
+    blocks, room = (tvm.tirx.Var(f"cache{number}_{name}", "int64") for name in ("blocks", "room"))
+    open_, parameters = [blocks] * (len(shape.arrays) - 4) + [room] * 2, []
+    for n, (extents, dtype) in enumerate(shape.arrays):
+        dims = [batch, *extents[1:2], *open_[n : n + 1], *extents[3:]]
+        parameters.append(relax.Var(f"cache{number}_{n}", relax.TensorType(dims, dtype)))
+    return parameters
+
+
+def _require_start(module: tvm.IRModule, past: Any) -> None:
+    """Refuse a module that has tensors without elements while there are no tokens yet."""
+    nothing = {past: tvm.tirx.IntImm("int64", 0)}
+
+    def visit(expr: relax.Expr) -> None:
+        for dim in (dims_of(expr) if isinstance(expr, relax.Var) else None) or []:
+            if known_extent(tvm.sym.Analyzer().simplify(substitute(dim, nothing))) == 0:
+                problem = f"cannot start without tokens: {expr.name_hint} would have no elements"
+                raise OptionError("attention with a cache inside", problem, "compile with --attention full")
+
+    relax.analysis.post_order_visit(module["main"], visit)
