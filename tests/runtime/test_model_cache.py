@@ -70,7 +70,7 @@ def test_room_is_checked_and_nothing_is_lost() -> None:
     cache.begin(2, 90)
     cache.advance(90)
     before = [array.copy() for array in cache.arrays[0]]
-    with pytest.raises(InputError, match="has 90 tokens and room for 100; 11 more do not fit.*kv_tokens"):
+    with pytest.raises(InputError, match=r"has 90 tokens and room for 100; 11 more do not fit.*kv_tokens"):
         cache.begin(2, 11)
     with pytest.raises(InputError, match=r"has 2 sequences; these inputs have 3.*cache\.reset"):
         cache.begin(3, 1)

@@ -65,7 +65,7 @@ def read_planes(planes: int | str | tuple[int, int]) -> tuple[int, int]:
     OptionError
         If that is not 1 to 3, once or twice.
     """
-    parts = str(planes).split(",") if isinstance(planes, int | str) else list(map(str, planes))
+    parts = list(map(str, planes)) if isinstance(planes, tuple | list) else str(planes).split(",")
     if len(parts) not in (1, 2) or not all(part.strip() in map(str, STEPS) for part in parts):
         raise OptionError(f"kv_planes {planes}", "is no number of planes; expected 1 to 3, or two of them: 2,1")
     return int(parts[0]), int(parts[-1])

@@ -64,5 +64,5 @@ def test_positions_go_on_behind_the_past(tmp_path: Path) -> None:
 
 def test_an_encoder_has_no_past(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, BERT, bert())
-    with pytest.raises(ModelError, match="'bert' sees a whole text at once.*compile with --attention full"):
+    with pytest.raises(ModelError, match=r"'bert' sees a whole text at once.*compile with --attention full"):
         import_checkpoint(folder, past=True)

@@ -110,9 +110,11 @@ def without_past(model: ImportedModel) -> ImportedModel:
     model : ImportedModel
         All of whose attentions `find_caches` gives without a reason.
     """
-    named = {name: match for name, (match, _) in _named(model).items()}
-    past = next(iter(named.values())).parts[0].extents["l"]
-    return _Whole(model, named).run(past)
+    names, past = zip(*((name, match.parts[0].extents["l"]) for name, (match, _) in _named(model).items()), strict=True)
+    # Bound while there are inputs that it is a dimension of.
+    bound = relax.transform.BindSymbolicVars({past[0]: tvm.tirx.IntImm("int64", 0)}, "main")(model.module)
+    matches = dict(zip(names, find_attentions(bound["main"]).values(), strict=True))
+    return _Whole(replace(model, module=bound), matches).run(describe(past[0]))
 
 
 def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
@@ -182,15 +184,13 @@ class _WithoutStates(relax.PyExprMutator):
 class _Whole(_WithoutStates):
     """Where keys and values were joined, new ones are all there are."""
 
-    def run(self, past: Any) -> ImportedModel:
+    def run(self, past: str) -> ImportedModel:
         model = self.rewritten(list)
-        bound = relax.transform.BindSymbolicVars({past: tvm.tirx.IntImm("int64", 0)}, "main")(model.module)
-        name = describe(past)
-        specs = [
-            [replace(spec, shape=tuple(_at_start(dim, name) for dim in spec.shape)) for spec in part]
-            for part in (model.inputs, model.outputs)
-        ]
-        return replace(model, module=bound, inputs=tuple(specs[0]), outputs=tuple(specs[1]))
+        inputs, outputs = (
+            tuple(replace(spec, shape=tuple(_at_start(dim, past) for dim in spec.shape)) for spec in specs)
+            for specs in (model.inputs, model.outputs)
+        )
+        return replace(model, inputs=inputs, outputs=outputs)
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         new = {one.value: one.joined[1] for match in self.matches.values() for one in (match.key, match.value)}

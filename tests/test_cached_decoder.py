@@ -1,0 +1,241 @@
+"""Decoders that keep ternary keys and values inside the library: prompts and steps against one pass over all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import tvm_ternary
+from tests.graph.onnx.running import relative_error
+from tests.models import llama, mlp
+from tvm_ternary.convert.attention import CalledAttention
+from tvm_ternary.errors import InputError, OptionError
+from tvm_ternary.graph.importer import import_onnx
+from tvm_ternary.kernels.rounded_attention import Floats, Rounding, rounded_attention, sight
+from tvm_ternary.runtime.module import Module
+
+WINDOW, BLOCK, PLANES = 64, 64, 2
+VOCABULARY = 50
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, four heads, two of keys, all weights float."""
+    folder = tmp_path_factory.mktemp("decoder")
+    onnx.save(llama(cache="both"), folder / "decoder.onnx")
+    options = {"layers": [], "embeddings": "float", "attention": "ternary-keys-values"}
+    return tvm_ternary.compile(folder / "decoder.onnx", folder / "decoder.so", **options).path
+
+
+@pytest.fixture(scope="module")
+def whole() -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(llama(cache="out").SerializeToString())
+
+
+def random_ids(length: int, batch: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length))
+
+
+def run(module: Module, ids: np.ndarray, hidden: int = 0) -> np.ndarray:
+    """Logits of tokens behind those that the module has; the first ``hidden`` of the last sequence are padding."""
+    mask = np.ones((len(ids), module.cache.length + ids.shape[1]), np.int64)
+    mask[-1, :hidden] = 0
+    return module.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
+
+def feed(module: Module, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """A prompt, then token by token."""
+    parts = [run(module, ids[:, :prompt]), *(run(module, ids[:, n : n + 1]) for n in range(prompt, ids.shape[1]))]
+    return np.concatenate(parts, axis=1)
+
+
+def in_one_pass(session: onnxruntime.InferenceSession, ids: np.ndarray) -> np.ndarray:
+    return np.asarray(session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0])
+
+
+def test_what_is_past_is_no_input_and_no_output(library: Path) -> None:
+    module = tvm_ternary.load(library, threads=1)
+    assert [str(spec) for spec in module.inputs] == [
+        "input_ids: int64[batch, length]",
+        "attention_mask: int64[batch, past + length]",
+    ]
+    assert [spec.name for spec in module.outputs] == ["logits"]
+    assert [(c.name, c.mode, c.key_planes, c.window) for c in module.manifest.caches] == [
+        ("past.0.key", "ternary-keys-values", PLANES, WINDOW),
+        ("past.1.key", "ternary-keys-values", PLANES, WINDOW),
+    ]
+
+
+def test_until_something_is_packed_steps_are_one_pass(library: Path, whole: onnxruntime.InferenceSession) -> None:
+    ids = random_ids(WINDOW + BLOCK, batch=2)
+    module = tvm_ternary.load(library, threads=2, kv_tokens=200)
+    assert relative_error(feed(module, ids, prompt=90), in_one_pass(whole, ids)) <= 1e-5
+    assert [layer.packed_tokens for layer in module.stats().layers] == [BLOCK, BLOCK]
+
+
+def test_packed_tokens_are_what_their_planes_stand_for(library: Path) -> None:
+    """Against numpy. What is left is that queries and weights are bytes: half a step of 127 each, twice a layer."""
+    ids, prompt = random_ids(200), 10
+    model = CalledAttention(import_onnx(llama(cache="out")))
+
+    def attend(number: int, q: Floats, k: Floats, v: Floats, mask: Floats | None) -> np.ndarray:
+        length = q.shape[1]
+        packed = np.maximum(np.arange(length) - WINDOW, 0) // BLOCK * BLOCK
+        seen = replace(sight(mask, length, length, WINDOW), packed=packed)
+        return rounded_attention(q, k, v, model.calls[number].shape.scale, mask, Rounding(PLANES, PLANES), seen)
+
+    wanted = model.run([{"input_ids": ids, "attention_mask": np.ones_like(ids)}], attend)[0]["logits"]
+    got = feed(tvm_ternary.load(library, threads=1, kv_tokens=200), ids, prompt)
+    assert relative_error(got, wanted) <= 4 * 0.5 / 127
+
+
+def test_a_prompt_sees_itself_in_float(library: Path, whole: onnxruntime.InferenceSession) -> None:
+    ids = random_ids(300)
+    module = tvm_ternary.load(library, threads=1, kv_tokens=300)
+    assert relative_error(run(module, ids), in_one_pass(whole, ids)) <= 1e-5
+    assert module.cache.length == 300
+
+
+def test_later_tokens_change_nothing_before_them(library: Path) -> None:
+    ids = random_ids(200, batch=2)
+    other = ids.copy()
+    other[:, 120:] = random_ids(80, batch=2, seed=1)
+    module = tvm_ternary.load(library, threads=1, kv_tokens=300)
+    found = []
+    for one in (ids, other):
+        module.cache.reset()
+        found.append(np.concatenate([run(module, one[:, :100]), run(module, one[:, 100:])], axis=1))
+    assert np.array_equal(found[0][:, :120], found[1][:, :120])
+    assert not np.array_equal(found[0][:, 120:], found[1][:, 120:])
+
+
+def test_padding_changes_nothing(library: Path) -> None:
+    """Of a sequence in a batch; its tokens stay in float, where they share no scale with others."""
+    ids, hidden = random_ids(100, batch=2), 9
+    other = ids.copy()
+    other[1, :hidden] = random_ids(hidden, seed=2)[0]
+    module = tvm_ternary.load(library, threads=1, kv_tokens=128)
+    found = []
+    for one in (ids, other):
+        module.cache.reset()
+        found.append(np.concatenate([run(module, part, hidden) for part in np.split(one, [90, 91], axis=1)], axis=1))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert np.array_equal(found[0][1, hidden:], found[1][1, hidden:])
+
+
+def test_cut_and_go_on(library: Path) -> None:
+    ids = random_ids(170)
+    module = tvm_ternary.load(library, threads=1, kv_tokens=200)
+    first = feed(module, ids, prompt=20)
+    # Behind the packed block nothing was rounded: the same bits again.
+    module.cache.truncate(130)
+    assert np.array_equal(feed_from(module, ids, 130), first[:, 130:])
+    module.cache.reset()
+    assert np.array_equal(feed(module, ids, prompt=20), first)
+    # Within it tokens come back as they were rounded.
+    module.cache.truncate(40)
+    assert relative_error(feed_from(module, ids, 40), first[:, 40:]) <= 0.5
+
+
+def feed_from(module: Module, ids: np.ndarray, start: int) -> np.ndarray:
+    return np.concatenate([run(module, ids[:, n : n + 1]) for n in range(start, ids.shape[1])], axis=1)
+
+
+def test_the_window_is_chosen_at_load(library: Path, whole: onnxruntime.InferenceSession) -> None:
+    ids = random_ids(260)
+    wanted = in_one_pass(whole, ids)
+    errors = []
+    for window in (0, 64, 192, 320):
+        module = tvm_ternary.load(library, threads=1, kv_tokens=300, kv_window=window)
+        errors.append(relative_error(feed(module, ids, prompt=1), wanted))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] <= 1e-5
+
+
+def test_ten_thousand_steps(library: Path, whole: onnxruntime.InferenceSession) -> None:
+    """All in float: appended, cut and forgotten at random; the memory is what it was."""
+    random = np.random.default_rng(0)
+    module = tvm_ternary.load(library, threads=1, kv_tokens=256, kv_window=256)
+    packed = tvm_ternary.load(library, threads=1, kv_tokens=256)
+    ids, steps, checked = np.zeros((1, 0), np.int64), 0, 0
+    sizes = memory = 0
+    while steps < 10_000:
+        if ids.shape[1] > 250 or random.random() < 0.005:
+            ids = ids[:, : random.integers(0, ids.shape[1] + 1)]
+            for one in (module, packed):
+                one.cache.truncate(ids.shape[1])
+        new = random.integers(0, VOCABULARY, (1, int(random.integers(1, 4))))
+        logits = run(module, new)
+        run(packed, new)
+        ids, steps = np.concatenate([ids, new], axis=1), steps + new.shape[1]
+        if random.random() < 0.003:
+            wanted = in_one_pass(whole, ids)[:, -new.shape[1] :]
+            assert relative_error(logits, wanted) <= 1e-5
+            checked += 1
+        if steps < 2_000:
+            sizes, memory = packed.cache.bytes(), resident()
+    assert checked > 5
+    assert packed.cache.bytes() == sizes
+    assert resident() - memory < 4 << 20
+    packed.cache.reset()
+    fresh = tvm_ternary.load(library, threads=1, kv_tokens=256)
+    ids = random_ids(200)
+    assert np.array_equal(feed(packed, ids, 3), feed(fresh, ids, 3))
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+@pytest.fixture
+def started(library: Path) -> Iterator[Module]:
+    module = tvm_ternary.load(library, threads=1, kv_tokens=100)
+    run(module, random_ids(90))
+    yield module
+    # Whatever was refused, the tokens are still there.
+    assert module.cache.length == 90
+    run(module, random_ids(10))
+
+
+def test_no_room(started: Module) -> None:
+    with pytest.raises(InputError, match="cache: has 90 tokens and room for 100; 11 more do not fit"):
+        run(started, random_ids(11))
+
+
+def test_another_batch(started: Module) -> None:
+    with pytest.raises(InputError, match="cache: has 1 sequences; these inputs have 2"):
+        run(started, random_ids(1, batch=2))
+
+
+def test_a_mask_that_does_not_count_the_past(started: Module) -> None:
+    ids = random_ids(2)
+    with pytest.raises(InputError, match=r"has past \+ length=2; expected 92"):
+        started.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+def test_timing_appends_nothing(started: Module) -> None:
+    ids = random_ids(1)
+    before = run(started, ids)
+    started.cache.truncate(90)
+    feeds = {"input_ids": ids, "attention_mask": np.ones((1, 91), np.int64)}
+    started.time(feeds, repeat=3)
+    started.profile(feeds, repeat=2)
+    assert started.cache.length == 90
+    assert np.array_equal(run(started, ids), before)
+    started.cache.truncate(90)
+
+
+def test_models_without_a_cache(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "m.onnx")
+    path = tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so").path
+    with pytest.raises(OptionError, match="keeps no keys and values"):
+        tvm_ternary.load(path).stats()
+    with pytest.raises(OptionError, match="kv_tokens: is for a model that keeps keys and values"):
+        tvm_ternary.load(path, kv_tokens=7)
