@@ -3,10 +3,6 @@
 A tail holds the last tokens in float. Once there are a window and a block of them, the oldest block is packed and the
 others move to its place; so many tokens at once leave, bit for bit, what the same tokens leave that come one by one.
 
-A block is read twice: for the mean magnitudes, and with them for its numbers, a byte each, while what their scales are
-fitted to is summed. Then the bytes are put together to words. A lane is an element of a head; only in the words of keys
-it is a token, and there four bytes are moved as one.
-
 A sequence may be cut to its first tokens before. Packed blocks and the tail stay as they are where the cut is in the
 tail or between two blocks. Within a block, its tokens up to there come back to the tail as what was packed of them.
 
@@ -18,346 +14,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script import tirx as T
 from tvm.tirx import BufferStore, PrimFunc, Select, Stmt, Var
 
-from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.attention import Attention
-from tvm_ternary.kernels.ternary_keys import BLOCK, STEPS, Digits, digits
-from tvm_ternary.schedule.cpu.attention.operands import ZERO, Operands, across, buffer, elements, place, zeros
+from tvm_ternary.kernels.ternary_keys import BLOCK
+from tvm_ternary.schedule.cpu.attention.operands import Operands, Run
 from tvm_ternary.schedule.cpu.attention.packed import Cache, Packed
-from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, strips, vector
+from tvm_ternary.schedule.cpu.attention.parts import KeyPart, Part, ValuePart
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space
 from tvm_ternary.schedule.cpu.simd import Simd
-from tvm_ternary.schedule.cpu.vector_math import ROUND, ROUND_BITS, expand_vector_math, isfinite
+from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 
 _OPERATIONS = 16
 """On the way of an element into a block."""
-_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The keys or the values of a cache.
-
-    Parameters
-    ----------
-    new, tail : Var
-        Tokens in float, of layouts ``new_layout`` and ``layout``.
-    new_layout, layout : str
-    words : sequence of Var
-        One for each of `digits`.
-    scale : Var
-    size : int
-        Elements of a head.
-    planes : int
-    lanes : int
-        Of a vector of float32.
-    """
-
-    new: Var
-    tail: Var
-    new_layout: str
-    layout: str
-    words: Sequence[Var]
-    scale: Var
-    size: int
-    planes: int
-    lanes: int
-
-    @property
-    def fields(self) -> tuple[Digits, ...]:
-        return digits(self.planes)
-
-    @property
-    def padded(self) -> int:
-        """Bytes from one token's numbers to the next one's: whole words of keys, and whole groups of values."""
-        return -(-self.size // LANES) * LANES
-
-    def take(self, head: Sequence[Expr], token: Expr, source: Expr) -> Stmt:
-        """Put a new token into the tail."""
-        return self._fill(head, token, lambda d: self.new[tuple(place(self.new_layout, head[0], head[1], source, d))])
-
-    def move(self, head: Sequence[Expr], token: Expr) -> Stmt:
-        """Move the token that is a block further on in the tail to this place."""
-        return self._fill(head, token, lambda d: self._tail(head, token + BLOCK, d))
-
-    def bring_back(self, at: Sequence[Expr], token: Expr) -> Stmt:
-        """Put what a token of a block stands for into the tail."""
-        head = at[:2]
-
-        def element(d: Expr) -> Stmt:
-            number = sum((self._weighted(at, n, token, d) for n in range(len(self.fields))), start=tirx.const(0))
-            value = number.astype("float32") * self._scale(at, token, d)
-            return BufferStore(self.tail, value, place(self.layout, head[0], head[1], token, d))
-
-        return loop(self.size, element, name="d")
-
-    def pack(self, at: Sequence[Expr]) -> Stmt:
-        """Make a block of the first tokens of the tail."""
-        codes = [tirx.decl_buffer([index(BLOCK * self.padded)], "uint8", f"codes{n}") for n in range(len(self.fields))]
-        # Words have no bit set behind the end.
-        spare = [self._clear_behind(one) for one in codes] if self.padded > self.size else []
-        words = [
-            self._words(at, words, field, one) for words, field, one in zip(self.words, self.fields, codes, strict=True)
-        ]
-        return scope("pack", sequence(spare, self._round(at, codes), words), codes)
-
-    def _round(self, at: Sequence[Expr], codes: Sequence[Var]) -> Stmt:
-        """The numbers of a block as bytes, and its scales."""
-        raise NotImplementedError
-
-    def _words(self, at: Sequence[Expr], words: Var, field: Digits, codes: Var) -> Stmt:
-        """The words of one field."""
-        raise NotImplementedError
-
-    def _scale(self, at: Sequence[Expr], token: Expr, d: Expr) -> Expr:
-        raise NotImplementedError
-
-    def _row_and_term(self, token: Expr, d: Expr) -> tuple[Expr, Expr]:
-        """Where an element is in the matrix of a block."""
-        raise NotImplementedError
-
-    def _weighted(self, at: Sequence[Expr], n: int, token: Expr, d: Expr) -> Expr:
-        """What one field says of an element's number."""
-        field = self.fields[n]
-        row, term = self._row_and_term(token, d)
-        group, lane = tirx.floordiv(row, index(LANES)), tirx.floormod(row, index(LANES))
-        word, term = tirx.floordiv(term, index(field.terms)), tirx.floormod(term, index(field.terms))
-        shift = tirx.floormod(term, index(4)) * 8 + tirx.floordiv(term, index(4)) * field.bits
-        bits = T.shift_right(self.words[n][(*at, group, word, lane)], shift.astype("uint32"))
-        number = T.bitwise_and(bits, T.uint32(2**field.bits - 1)).astype("int32") - field.offset
-        return number * field.weight
-
-    def _tail(self, head: Sequence[Expr], token: Expr, d: Expr) -> Expr:
-        return self.tail[tuple(place(self.layout, head[0], head[1], token, d))]
-
-    def _fill(self, head: Sequence[Expr], token: Expr, read: Callable[[Expr], Expr]) -> Stmt:
-        def element(d: Expr) -> Stmt:
-            return BufferStore(self.tail, read(d), place(self.layout, head[0], head[1], token, d))
-
-        # The overlapped start of the last vector is written twice, the same each time.
-        return sequence(
-            strips(self.size, self.lanes, lambda base, width, _: vector(width, lambda lane: element(base + lane)))
-        )
-
-    def _clear_behind(self, codes: Var) -> Stmt:
-        zero = tirx.const(0, "uint8")
-        return loop(
-            BLOCK,
-            lambda j: loop(
-                self.padded - self.size, lambda d: BufferStore(codes, zero, [j * self.padded + self.size + d])
-            ),
-            name="token",
-        )
-
-    def _inverse(self, mean: Expr) -> Expr:
-        """What elements are multiplied by to be rounded."""
-        step = mean * tirx.const(STEPS[self.planes], "float32")
-        return Select(step >= tirx.const(_SMALLEST, "float32"), tirx.const(1.0, "float32") / step, ZERO)
-
-    def _number(self, x: Expr, inverse: Expr) -> Expr:
-        """The number of an element, int32; 0 of what is not finite."""
-        most = tirx.const((3**self.planes - 1) // 2, "float32")
-        c = x * inverse
-        c = tirx.max(tirx.min(Select(isfinite(c), c, ZERO), most), ZERO - most)
-        # To the nearest, the even one of two: of a small number it is in the low bits then. Bits, for TVM would take
-        # away what is added, and not every CPU has an instruction.
-        return tirx.reinterpret("int32", c + tirx.const(ROUND, "float32")) - ROUND_BITS
-
-    def _fitted(self, mean: Expr, product: Expr, norm: Expr) -> Expr:
-        """The scale, by least squares; NaN where an element is not finite."""
-        fitted = product / Select(norm > ZERO, norm, tirx.const(1.0, "float32"))
-        return Select(isfinite(mean), fitted, tirx.const(float("nan"), "float32"))
-
-    def _store_number(self, codes: Sequence[Var], token: Expr, d: Expr, number: Expr) -> list[Stmt]:
-        """The fields of a number: with all offsets added they are its digits, none below zero."""
-        digit = (number + (3**self.planes - 1) // 2).astype("uint8")
-        stores = []
-        for one, field in zip(codes, self.fields, strict=True):
-            high = tirx.truncdiv(digit, tirx.const(field.weight, "uint8")) if field.weight > 1 else digit
-            digit = digit - high * tirx.const(field.weight, "uint8")
-            stores.append(BufferStore(one, high, [token * self.padded + d]))
-        return stores
-
-
-class _Keys(_Part):
-    """An element of a head has one scale in a block, and a word is of one token."""
-
-    def _round(self, at: Sequence[Expr], codes: Sequence[Var]) -> Stmt:
-        # The overlapped start of the last vector is done twice, the same each time.
-        return sequence(strips(self.size, self.lanes, lambda base, width, _: self._channels(at, codes, base, width)))
-
-    def _channels(self, at: Sequence[Expr], codes: Sequence[Var], base: Expr, width: int) -> Stmt:
-        mean, inverse, product, norm = (buffer(name, width) for name in ("mean", "inverse", "product", "norm"))
-
-        def x(token: Expr, lane: Expr) -> Expr:
-            return self._tail(at[:2], token, base + lane)
-
-        def add(token: Expr) -> Stmt:
-            return vector(width, lambda i: BufferStore(mean, mean[i] + tirx.abs(x(token, i)), [i]))
-
-        def start(i: Expr) -> Stmt:
-            return sequence(
-                BufferStore(mean, mean[i] * tirx.const(1 / BLOCK, "float32"), [i]),
-                BufferStore(inverse, self._inverse(mean[i]), [i]),
-            )
-
-        def number(token: Expr, i: Expr) -> Stmt:
-            whole = self._number(x(token, i), inverse[i])
-            c = whole.astype("float32")
-            return sequence(
-                BufferStore(product, product[i] + x(token, i) * c, [i]),
-                BufferStore(norm, norm[i] + c * c, [i]),
-                self._store_number(codes, token, base + i, whole),
-            )
-
-        def finish(i: Expr) -> Stmt:
-            return BufferStore(self.scale, self._fitted(mean[i], product[i], norm[i]), [*at, base + i])
-
-        body = sequence(
-            zeros([mean, product, norm], width),
-            loop(BLOCK, add, name="token"),
-            vector(width, start),
-            loop(BLOCK, lambda token: vector(width, lambda i: number(token, i)), name="token"),
-            vector(width, finish),
-        )
-        return scope("channels", body, [mean, inverse, product, norm])
-
-    def _words(self, at: Sequence[Expr], words: Var, field: Digits, codes: Var) -> Stmt:
-        def word(group: Expr, w: Expr, lane: Expr) -> Stmt:
-            first = (group * LANES + lane) * self.padded + w * field.terms
-            fours = [
-                T.shift_left(
-                    T.reinterpret(codes.vload([first + 4 * j], "uint8x4"), dtype="uint32"), T.uint32(field.bits * j)
-                )
-                for j in range(field.terms // 4)
-            ]
-            return BufferStore(words, reduce(T.bitwise_or, fours), [*at, group, w, lane])
-
-        count = -(-self.size // field.terms)
-        return loop(
-            BLOCK // LANES,
-            lambda group: loop(count, lambda w: loop(LANES, lambda lane: word(group, w, lane), name="lane"), name="w"),
-            name="group",
-        )
-
-    def _scale(self, at: Sequence[Expr], token: Expr, d: Expr) -> Expr:
-        return self.scale[(*at, d)]
-
-    def _row_and_term(self, token: Expr, d: Expr) -> tuple[Expr, Expr]:
-        return token, d
-
-
-class _Values(_Part):
-    """A token has one scale, and a word is of one element of a head."""
-
-    def _round(self, at: Sequence[Expr], codes: Sequence[Var]) -> Stmt:
-        return loop(BLOCK, lambda token: self._token(at, codes, token), name="token")
-
-    def _token(self, at: Sequence[Expr], codes: Sequence[Var], token: Expr) -> Stmt:
-        total, product, norm = (buffer(name, self.lanes) for name in ("total", "product", "norm"))
-        mean, inverse = buffer("mean", 1), buffer("inverse", 1)
-
-        def x(d: Expr) -> Expr:
-            return self._tail(at[:2], token, d)
-
-        def lane_of(d: Expr) -> Expr:
-            return tirx.floormod(d, index(self.lanes))
-
-        def add(d: Expr) -> Stmt:
-            i = lane_of(d)
-            return BufferStore(total, total[i] + tirx.abs(x(d)), [i])
-
-        def number(d: Expr) -> Stmt:
-            i, whole = lane_of(d), self._number(x(d), inverse[0])
-            c = whole.astype("float32")
-            return sequence(
-                BufferStore(product, product[i] + x(d) * c, [i]),
-                BufferStore(norm, norm[i] + c * c, [i]),
-                self._store_number(codes, token, d, whole),
-            )
-
-        def fold(one: Var) -> Stmt:
-            return across(one, self.lanes, lambda a, b: a + b)
-
-        body = sequence(
-            zeros([total, product, norm], self.lanes),
-            elements(index(self.size), self.lanes, add),
-            fold(total),
-            BufferStore(mean, total[0] / tirx.const(self.size, "float32"), [0]),
-            BufferStore(inverse, self._inverse(mean[0]), [0]),
-            elements(index(self.size), self.lanes, number),
-            fold(product),
-            fold(norm),
-            BufferStore(self.scale, self._fitted(mean[0], product[0], norm[0]), [*at, token]),
-        )
-        return scope("token", body, [total, product, norm, mean, inverse])
-
-    def _words(self, at: Sequence[Expr], words: Var, field: Digits, codes: Var) -> Stmt:
-        def word(group: Expr, w: Expr, lane: Expr) -> Stmt:
-            def term(t: int) -> Expr:
-                byte = codes[(w * field.terms + t) * self.padded + group * LANES + lane]
-                return T.shift_left(byte.astype("uint32"), T.uint32(8 * (t % 4) + field.bits * (t // 4)))
-
-            terms = [term(t) for t in range(field.terms)]
-            return BufferStore(words, reduce(T.bitwise_or, terms), [*at, group, w, lane])
-
-        return loop(
-            self.padded // LANES,
-            lambda group: loop(
-                BLOCK // field.terms, lambda w: vector(LANES, lambda lane: word(group, w, lane)), name="w"
-            ),
-            name="group",
-        )
-
-    def _scale(self, at: Sequence[Expr], token: Expr, d: Expr) -> Expr:
-        return self.scale[(*at, token)]
-
-    def _row_and_term(self, token: Expr, d: Expr) -> tuple[Expr, Expr]:
-        return d, token
-
-
-@dataclass(frozen=True)
-class _Append:
-    """The counts of a sequence, and what is done to one of its heads.
+class Appending:
+    """What is done to the sequences of a cache.
 
     Parameters
     ----------
     cache : Cache
     past : Var
-    parts : sequence of _Part
+        How many of its tokens each sequence keeps.
+    parts : sequence of Part
     tokens : Expr
         New ones.
-    window : int
+    window : Expr
+        A block is packed as soon as so many newer tokens are there.
     """
 
     cache: Cache
     past: Var
-    parts: Sequence[_Part]
+    parts: Sequence[Part]
     tokens: Expr
-    window: int
+    window: Expr
 
-    def kept(self, batch: Expr) -> tuple[Expr, Expr, Expr]:
-        """Blocks that stay, tokens of the tail then, and whether these come from a block."""
-        full, recent, past = (one[batch].astype("int64") for one in (self.cache.full, self.cache.recent, self.past))
-        tokens = tirx.max(tirx.min(past, full * BLOCK + recent), index(0))
+    def cut(self) -> Stmt:
+        """Take all sequences back to what they keep."""
+        return loop(self.cache.batch, self._cut, name="b")
+
+    def append(self) -> Stmt:
+        """Take in the new tokens of sequences that are cut."""
+        shape = self.cache.shape
+        work = self.tokens * (_OPERATIONS * (shape.size + shape.value_size))
+        return sequence(
+            space([self.cache.batch, index(shape.kv_heads)], work, lambda at: self._head(*at)),
+            loop(self.cache.batch, self._count, name="b"),
+        )
+
+    def _cut(self, batch: Expr) -> Stmt:
+        state = tirx.decl_buffer([index(3)], "int64", "state")
+        first, kept, back = (state[n] for n in range(3))
+        full, recent = self.cache.counts(batch)
+        tokens = tirx.max(tirx.min(self.past[batch].astype("int64"), full * BLOCK + recent), index(0))
         blocks = tirx.min(full, tirx.floordiv(tokens, index(BLOCK)))
-        return blocks, tokens - blocks * BLOCK, blocks < full
 
-    def new_blocks(self, recent: Expr) -> Expr:
+        def bring_back(kv: Expr, token: Expr) -> Stmt:
+            return self._each(lambda part: part.bring_back([batch, kv, first], token))
+
+        body = sequence(
+            BufferStore(state, blocks, [0]),
+            BufferStore(state, tokens - first * BLOCK, [1]),
+            BufferStore(state, Select(first < full, kept, index(0)), [2]),
+            loop(self.cache.shape.kv_heads, lambda kv: loop(back, lambda j: bring_back(kv, j), name="back"), name="kv"),
+            self._set_counts(batch, first, kept),
+        )
+        return scope("cut", body, [state])
+
+    def _new_blocks(self, recent: Expr) -> Expr:
         """How many are packed."""
         return tirx.floordiv(tirx.max(recent + self.tokens - self.window, index(0)), index(BLOCK))
 
-    def head(self, batch: Expr, kv: Expr) -> Stmt:
+    def _head(self, batch: Expr, kv: Expr) -> Stmt:
         """All of it for one head."""
-        state = tirx.decl_buffer([index(3)], "int64", "state")
-        first, recent, count = (state[n] for n in range(3))
-        blocks, tokens, cut = self.kept(batch)
+        state = tirx.decl_buffer([index(2)], "int64", "state")
+        full, before = self.cache.counts(batch)
+        recent, count = state[0], state[1]
         at = [batch, kv]
 
         def fill(n: Expr, stop: Expr) -> Stmt:
@@ -369,44 +106,66 @@ class _Append:
 
             return loop(stop - start, lambda j: take(start + j), name="new")
 
-        def move(token: Expr) -> Stmt:
-            return self._each(lambda part: part.move(at, token))
-
         def block(n: Expr) -> Stmt:
             return sequence(
                 fill(n, self.window + (n + 1) * BLOCK - recent),
-                self._each(lambda part: part.pack([*at, first + n])),
-                loop(self.window, move, name="moved") if self.window else [],
+                self._each(lambda part: part.pack([*at, full + n])),
+                loop(self.window, lambda token: self._each(lambda part: part.move(at, token)), name="moved"),
             )
 
-        def bring_back(j: Expr) -> Stmt:
-            return self._each(lambda part: part.bring_back([*at, first], j))
-
         body = sequence(
-            BufferStore(state, blocks, [0]),
-            BufferStore(state, tokens, [1]),
-            BufferStore(state, self.new_blocks(recent), [2]),
-            loop(Select(cut, recent, index(0)), bring_back, name="back"),
+            BufferStore(state, before, [0]),
+            BufferStore(state, self._new_blocks(recent), [1]),
             loop(count, block, name="block"),
             fill(count, self.tokens),
         )
         return scope("head", body, [state])
 
-    def counts(self, batch: Expr) -> Stmt:
+    def _count(self, batch: Expr) -> Stmt:
         """What the sequence has in the end."""
-        state = tirx.decl_buffer([index(2)], "int64", "state")
-        blocks, recent, _ = self.kept(batch)
-        more = self.new_blocks(state[1])
+        state = tirx.decl_buffer([index(1)], "int64", "state")
+        full, recent = self.cache.counts(batch)
         body = sequence(
-            BufferStore(state, blocks, [0]),
-            BufferStore(state, recent, [1]),
-            BufferStore(self.cache.full, (state[0] + more).astype("int32"), [batch]),
-            BufferStore(self.cache.recent, (state[1] + self.tokens - more * BLOCK).astype("int32"), [batch]),
+            BufferStore(state, self._new_blocks(recent), [0]),
+            self._set_counts(batch, full + state[0], recent + self.tokens - state[0] * BLOCK),
         )
         return scope("counts", body, [state])
 
-    def _each(self, write: Callable[[_Part], Stmt]) -> Stmt:
+    def _set_counts(self, batch: Expr, full: Expr, recent: Expr) -> Stmt:
+        counts = zip((self.cache.full, self.cache.recent), (full, recent), strict=True)
+        return sequence([BufferStore(to, count.astype("int32"), [batch]) for to, count in counts])
+
+    def _each(self, write: Callable[[Part], Stmt]) -> Stmt:
         return sequence([write(part) for part in self.parts])
+
+
+def appending(cache: Cache, past: Var, new: Run, tail: Run, lanes: int) -> Appending:
+    """Tokens that lie in one place are put to those that lie in the other, whose window is its room but a block.
+
+    Parameters
+    ----------
+    cache : Cache
+    past : Var
+    new, tail : Run
+    lanes : int
+        Of a vector of float32.
+    """
+    shape, packed = cache.shape, cache.packed
+    parts = [
+        KeyPart(new.k, tail.k, new.key, tail.key, cache.keys, cache.key_scale, shape.size, packed.key_planes, lanes),
+        ValuePart(
+            new.v,
+            tail.v,
+            new.value,
+            tail.value,
+            cache.values,
+            cache.value_scale,
+            shape.value_size,
+            packed.value_planes,
+            lanes,
+        ),
+    ]
+    return Appending(cache, past, parts, new.count, tail.count - BLOCK)
 
 
 def append_tokens(
@@ -466,29 +225,14 @@ def append_tokens(
         extents = {"b": batch, "h": index(shape.kv_heads), "l": tokens, "d": index(size)}
         return tirx.decl_buffer([extents[axis] for axis in layout], "float32", name)
 
-    k, v = given("new_k", new[0], shape.size), given("new_v", new[1], shape.value_size)
-    keys = _Keys(
-        k, on.k, new[0], shape.key, cache.keys, cache.key_scale, shape.size, packed.key_planes, simd.lanes("float32")
+    given_run = Run(
+        given("new_k", new[0], shape.size), given("new_v", new[1], shape.value_size), *new, index(0), tokens
     )
-    values = _Values(
-        v,
-        on.v,
-        new[1],
-        shape.value,
-        cache.values,
-        cache.value_scale,
-        shape.value_size,
-        packed.value_planes,
-        simd.lanes("float32"),
-    )
+    tail = Run(on.k, on.v, shape.key, shape.value, index(0), index(window + BLOCK))
     past = tirx.decl_buffer([batch], "int32", "past")
-    append = _Append(cache, past, [keys, values], tokens, window)
-    work = tokens * (_OPERATIONS * (shape.size + shape.value_size))
-    body = sequence(
-        space([batch, index(shape.kv_heads)], work, lambda at: append.head(*at)),
-        loop(batch, append.counts, name="b"),
-    )
-    state = [*cache.keys, cache.key_scale, *cache.values, cache.value_scale, on.k, on.v, cache.full, cache.recent]
-    function = PrimFunc([k, v, past, *state], scope("root", body))
+    append = appending(cache, past, given_run, tail, simd.lanes("float32"))
+    state = [*cache.packed_params, on.k, on.v, cache.full, cache.recent]
+    body = sequence(append.cut(), append.append())
+    function = PrimFunc([given_run.k, given_run.v, past, *state], scope("root", body))
     function = function.with_attr("tirx.noalias", True).with_attr("tirx.is_scheduled", True)
     return expand_vector_math(function)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.sym import Analyzer
@@ -15,6 +13,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     NOTHING,
     ZERO,
     Operands,
+    Source,
     across,
     buffer,
     elements,
@@ -71,14 +70,6 @@ class Few:
             ]
             return sequence(fetch, zeros, start)
 
-        def block(first: Expr, count: Expr) -> Stmt:
-            return sequence(
-                [join_block(self.on, self.batch, self.kv, first, count)] if self.join else [],
-                self._score(first, count),
-                loop(self.rows, lambda row: self._softmax(row, count), name="row"),
-                self._values(first, count),
-            )
-
         def store(row: Expr) -> Stmt:
             head, query = self._at(row)
             factor = inverse(self.state["total"][row])
@@ -89,11 +80,22 @@ class Few:
             )
 
         rows = tirx.min(index(self.rows), self.on.queries * self.shape.group - self.first)
-        body = sequence(loop(self.rows, load, name="row"), self._over_keys(block), loop(rows, store, name="row"))
+        body = sequence(loop(self.rows, load, name="row"), self._over_keys(), loop(rows, store, name="row"))
         return scope("rows", body, [self.q, self.scores, self.o, *self.state.values()])
 
-    def _over_keys(self, block: Callable[[Expr, Expr], Stmt]) -> Stmt:
+    def _over_keys(self) -> Stmt:
+        def block(first: Expr, count: Expr) -> Stmt:
+            joined = [join_block(self.on, self.batch, self.kv, first, count)] if self.join else []
+            return sequence(joined, self._block(self.on, first, count))
+
         return self.on.blocks(block)
+
+    def _block(self, source: Source, first: Expr, count: Expr) -> Stmt:
+        return sequence(
+            self._score(source, first, count),
+            loop(self.rows, lambda row: self._softmax(row, count), name="row"),
+            self._values(source, first, count),
+        )
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
         """A score with what hides its key."""
@@ -102,7 +104,7 @@ class Few:
         head, query = self._at(row)
         return score + self.on.mask_at(self.batch, head, query, key)
 
-    def _score(self, first: Expr, count: Expr) -> Stmt:
+    def _score(self, source: Source, first: Expr, count: Expr) -> Stmt:
         size, lanes = self.shape.size, self.lanes
         whole = size // lanes
 
@@ -110,7 +112,7 @@ class Few:
             sums = [buffer(f"sum{row}", lanes) for row in range(self.rows)]
 
             def k(d: Expr) -> Expr:
-                return self.on.key_at(self.batch, self.kv, first + j, d)
+                return source.key_at(self.batch, self.kv, first + j, d)
 
             def step(n: Expr) -> Stmt:
                 def one(row: int, acc: Var) -> Stmt:
@@ -174,7 +176,7 @@ class Few:
         )
         return scope("softmax", body, [fold, new])
 
-    def _values(self, first: Expr, count: Expr) -> Stmt:
+    def _values(self, source: Source, first: Expr, count: Expr) -> Stmt:
         size, lanes = self.shape.value_size, self.lanes
         fade = self.state["fade"]
         step_vectors = 4 if self.on.simd.registers >= 32 else 2
@@ -183,18 +185,21 @@ class Few:
         while done < size:
             # Whole vectors first; what is left of a ragged head goes one by one.
             width = min(step_vectors, (size - done) // lanes) * lanes or size - done
-            parts.append(self._part(first, count, done, width, lanes if width >= lanes else 1, fade))
+            parts.append(self._part(source, first, count, done, width, lanes if width >= lanes else 1, fade))
             done += width
         return sequence(parts)
 
-    def _part(self, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
+    def _part(self, source: Source, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
         """Elements ``start .. start + width`` of the rows' sums."""
         sums = [buffer(f"sum{row}", width) for row in range(self.rows)]
+        # LLVM does not see that this is zero. Else it holds the sums of all parts in registers from block to block, more
+        # than there are, and spills those of this part for every key.
+        zero = tirx.shift_right(first, index(62))
 
         def key(j: Expr) -> Stmt:
             def one(row: int, acc: Var) -> Stmt:
                 def at(c: Expr) -> Stmt:
-                    v = self.on.value_at(self.batch, self.kv, first + j, start + c)
+                    v = source.value_at(self.batch, self.kv, first + j, start + c)
                     return BufferStore(acc, acc[c] + self.scores[row, j] * v, [c])
 
                 return vectors(width, lanes, at)
@@ -202,10 +207,10 @@ class Few:
             return sequence([one(row, acc) for row, acc in enumerate(sums)])
 
         def load(row: int, acc: Var) -> Stmt:
-            return vectors(width, lanes, lambda c: BufferStore(acc, self.o[row, start + c] * fade[row], [c]))
+            return vectors(width, lanes, lambda c: BufferStore(acc, self.o[row, zero + start + c] * fade[row], [c]))
 
         def store(row: int, acc: Var) -> Stmt:
-            return vectors(width, lanes, lambda c: BufferStore(self.o, acc[c], [row, start + c]))
+            return vectors(width, lanes, lambda c: BufferStore(self.o, acc[c], [row, zero + start + c]))
 
         loads = [load(row, acc) for row, acc in enumerate(sums)]
         stores = [store(row, acc) for row, acc in enumerate(sums)]

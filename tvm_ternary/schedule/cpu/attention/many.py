@@ -12,10 +12,12 @@ from tvm.sym import Analyzer
 from tvm.tirx import BufferStore, IfThenElse, Ramp, Select, Stmt, Var
 
 from tvm_ternary.schedule.cpu.attention.operands import (
+    HIDDEN,
     KEYS,
     NOTHING,
     ZERO,
     Operands,
+    Source,
     across,
     buffer,
     inverse,
@@ -27,9 +29,6 @@ from tvm_ternary.schedule.cpu.attention.operands import (
 from tvm_ternary.schedule.cpu.attention.transpose import transposed
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, strips, vector
 from tvm_ternary.schedule.cpu.vector_math import exp_to_one
-
-HIDDEN = -1e30
-"""Masks from here down hide a key, and scores are above it: any sum of the two is below all other scores."""
 
 Wide = tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr, Expr], Stmt]]
 """How a square of elements is read and kept, see `Many`."""
@@ -55,7 +54,8 @@ class Extremes:
         self.on, self.width = on, width
         kinds = {"b": on.batch, "h": index(on.shape.heads)}
         outer = [kinds[axis] if axis in on.shape.mask else index(1) for axis in "bh"]
-        self.extents = [*outer, tiles(on.queries, width), tiles(on.keys, KEYS)]
+        self.by_key = "s" in on.shape.mask
+        self.extents = [*outer, tiles(on.queries, width), tiles(on.keys, KEYS) if self.by_key else index(1)]
         self.found = tirx.decl_buffer([*self.extents, index(2)], "float32", "extremes")
 
     def of(self, tile: Tile, first: Expr) -> tuple[Expr, Expr]:
@@ -63,7 +63,8 @@ class Extremes:
         batch, head = (
             at if axis in self.on.shape.mask else index(0) for axis, at in (("b", tile.batch), ("h", tile.head))
         )
-        at = [batch, head, tirx.floordiv(tile.first, index(self.width)), tirx.floordiv(first, index(KEYS))]
+        block = tirx.floordiv(first, index(KEYS)) if self.by_key else index(0)
+        at = [batch, head, tirx.floordiv(tile.first, index(self.width)), block]
         return self.found[(*at, 0)], self.found[(*at, 1)]
 
     def find(self) -> Stmt:
@@ -76,7 +77,7 @@ class Extremes:
         least, most = buffer("least", lanes), buffer("most", lanes)
         first = block * KEYS
         queries = tirx.min(index(self.width), on.queries - tile * self.width)
-        count = tirx.min(index(KEYS), on.keys - first) if "s" in on.shape.mask else index(1)
+        count = tirx.min(index(KEYS), on.keys - first) if self.by_key else index(1)
 
         def row(n: Expr) -> Stmt:
             def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
@@ -138,7 +139,10 @@ class Many:
         return scope("tile", body, [*self.buffers.values(), *state.values()])
 
     def _over_keys(self) -> Stmt:
-        return self.on.blocks(lambda first, count: self._block(first, count, self._scores(first, count)))
+        return self.on.blocks(lambda first, count: self._float_block(self.on, first, count))
+
+    def _float_block(self, source: Source, first: Expr, count: Expr) -> Stmt:
+        return self._block(source, first, count, self._scores(source, first, count))
 
     def _fill(self, write: Callable[[Expr], Stmt]) -> Stmt:
         """One statement for each vector of the tile; ``write`` gets the column."""
@@ -209,9 +213,9 @@ class Many:
         columns = transposed([square.vload([i, 0], self._vector) for i in range(self.lanes)])
         return scope("square", sequence(loads, [keep(i, x) for i, x in enumerate(columns)]), [square])
 
-    def _block(self, first: Expr, count: Expr, scores: Stmt) -> Stmt:
+    def _block(self, source: Source, first: Expr, count: Expr, scores: Stmt) -> Stmt:
         """Weigh and add the values of a block whose ``scores`` are to be computed so, unless it is hidden."""
-        work = sequence(scores, self._softmax(count), self._values(first, count))
+        work = sequence(scores, self._softmax(count), self._values(source, first, count))
         if not self.by_query:
             return work
         low = buffer("low", self.lanes)
@@ -253,7 +257,7 @@ class Many:
         skip = tirx.all(most <= limit, least <= limit, low[0] > limit)
         return IfThenElse(tirx.Not(skip), sequence(load, work), None)
 
-    def _scores(self, first: Expr, count: Expr) -> Stmt:
+    def _scores(self, source: Source, first: Expr, count: Expr) -> Stmt:
         q = self.buffers["q"]
         number_of_tiles = tiles(count, self.rows)
 
@@ -263,7 +267,7 @@ class Many:
 
             def step(d: Expr) -> Stmt:
                 def one(acc: Var, key: Expr) -> Stmt:
-                    k = self.on.key_at(self.tile.batch, self.kv, tirx.min(first + key, self.on.keys - 1), d)
+                    k = source.key_at(self.tile.batch, self.kv, first + tirx.min(key, count - 1), d)
                     return self._fill(lambda c: BufferStore(acc, acc[c] + k * q[d, c], [c]))
 
                 return sequence([one(acc, key) for acc, key in zip(sums, keys, strict=True)])
@@ -285,7 +289,7 @@ class Many:
             if self.by_query:
                 value = value if plain else value + self.buffers["hidden"][key, c]
             elif self.shape.mask:
-                seen = tirx.min(first + key, self.on.keys - 1)
+                seen = first + tirx.min(key, count - 1)
                 value = value + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
             if static(count) != KEYS:
                 value = Select(key < count, value, NOTHING)
@@ -328,7 +332,7 @@ class Many:
 
         return sequence(self._fill(start), loop(count, one, name="key"))
 
-    def _values(self, first: Expr, count: Expr) -> Stmt:
+    def _values(self, source: Source, first: Expr, count: Expr) -> Stmt:
         scores, o, fade = self.buffers["scores"], self.buffers["o"], self.state["fade"]
 
         def tile(start: Expr, rows: int) -> Stmt:
@@ -336,7 +340,7 @@ class Many:
 
             def step(key: Expr) -> Stmt:
                 def one(acc: Var, row: int) -> Stmt:
-                    v = self.on.value_at(self.tile.batch, self.kv, first + key, start + row)
+                    v = source.value_at(self.tile.batch, self.kv, first + key, start + row)
                     return self._fill(lambda c: BufferStore(acc, acc[c] + v * scores[key, c], [c]))
 
                 return sequence([one(acc, row) for row, acc in enumerate(sums)])

@@ -93,11 +93,10 @@ class ManyPacked(Many):
         blocks, latest = self.packed_on.packed, self.packed_on.latest
 
         def packed(n: Expr) -> Stmt:
-            return self._block(n * BLOCK, index(BLOCK), self._packed_scores(n))
+            return self._block(self.on, n * BLOCK, index(BLOCK), self._packed_scores(n))
 
         def last(n: Expr) -> Stmt:
-            first, count = blocks * BLOCK + n * KEYS, tirx.min(index(KEYS), latest - n * KEYS)
-            return self._block(first, count, self._scores(first, count))
+            return self._float_block(self.on, blocks * BLOCK + n * KEYS, tirx.min(index(KEYS), latest - n * KEYS))
 
         return sequence(
             loop(blocks, packed, name="packed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -20,6 +21,56 @@ KEYS = 64
 
 ZERO = tirx.const(0.0, "float32")
 NOTHING = tirx.const(float("-inf"), "float32")
+HIDDEN = -1e30
+"""Masks from here down hide a key, and scores are above it: any sum of the two is below all other scores."""
+
+
+class Source(Protocol):
+    """Where keys and values are read from, one element by what it is of."""
+
+    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr: ...
+
+    def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Keys and values of a sequence that lie one behind another.
+
+    Parameters
+    ----------
+    k, v : Var
+    key, value : str
+        Layouts; those of buffers that hold one head alone have no ``b`` and ``h``.
+    start, count : Expr
+        Number of the first one in the sequence, and how many there are.
+    """
+
+    k: Var
+    v: Var
+    key: str
+    value: str
+    start: Expr
+    count: Expr
+
+    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        return self.k[tuple(place(self.key, batch, kv, key - self.start, d))]
+
+    def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        return self.v[tuple(place(self.value, batch, kv, key - self.start, d))]
+
+    def blocks(self, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+        """For the keys of each block of the sequence, ``body(first, count)``."""
+        if static(self.count) == 1:
+            return body(self.start, index(1))
+        stop, size = self.start + self.count, index(KEYS)
+        before = tirx.floordiv(self.start, size)
+
+        def block(n: Expr) -> Stmt:
+            first = tirx.max(self.start, (before + n) * KEYS)
+            return body(first, tirx.min(stop, (before + n + 1) * KEYS) - first)
+
+        return loop(tirx.floordiv(stop + (KEYS - 1), size) - before, block, name="block")
 
 
 @dataclass(frozen=True)

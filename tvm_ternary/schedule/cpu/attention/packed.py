@@ -1,4 +1,8 @@
-"""A step of decoding with ternary keys and values: whole blocks as they lie packed, then the last tokens in float.
+"""A step of decoding with ternary keys and values: the last tokens in float, then whole blocks as they lie packed.
+
+The last tokens come first, for after them scores are known beside which hidden ones, of whatever large mask, are
+nothing: of the packed blocks, those before the first and behind the last that a query of the tile sees cost reading
+their mask.
 
 A block's scales are multiplied into the queries, and the tokens' scales into the weights, so that what is left is
 products with whole numbers of a few bits. With `Packed.rounded`, queries and weights become bytes, by one scale a row
@@ -7,37 +11,39 @@ and block, and a vector of words is shifted and masked once for four bytes a lan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import BufferStore, PrimFunc, Ramp, Select, Stmt, Var
+from tvm.tirx import BufferStore, IfThenElse, PrimFunc, Ramp, Select, Stmt, Var
 
 from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.attention import Attention
-from tvm_ternary.kernels.ternary_keys import BLOCK, Digits, digits, packed_words
+from tvm_ternary.kernels.ternary_keys import BLOCK, digits, packed_words
 from tvm_ternary.schedule.cpu.attention.few import Few, tile_rows
-from tvm_ternary.schedule.cpu.attention.operands import KEYS, ZERO, Operands, across, buffer, elements, tiles
-from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, vector
+from tvm_ternary.schedule.cpu.attention.multiplied import Multiplied
+from tvm_ternary.schedule.cpu.attention.operands import (
+    HIDDEN,
+    KEYS,
+    NOTHING,
+    Operands,
+    Run,
+    across,
+    buffer,
+    tiles,
+)
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, vector
 from tvm_ternary.schedule.cpu.simd import Simd
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 from tvm_ternary.schedule.intrinsics import ByteDot
-from tvm_ternary.schedule.intrinsics.common import field, four_bytes, prefetch
 
 assert KEYS == BLOCK, "scores of a block have the place of a block of keys"
 
 SPAN = 4
 """Blocks whose scores are turned into weights together: what is done once for them is folding across lanes."""
-
-_MOST = 127.0
-_MAGNITUDE = 0x7FFFFFFF
-# Added to a number of at most 2^22 it leaves the nearest whole number in the low bits.
-_ROUND, _ROUND_BITS = 12582912.0, 0x4B400000
-_TERMS = 16
-"""Terms in a word of two bits: rows of what is multiplied are padded to a multiple."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,20 @@ class Cache:
     def recent(self) -> Var:
         return tirx.decl_buffer([self.batch], "int32", "recent")
 
+    @property
+    def packed_params(self) -> list[Var]:
+        """What is packed, in the order of arguments."""
+        return [*self.keys, self.key_scale, *self.values, self.value_scale]
+
+    def counts(self, batch: Expr) -> tuple[Expr, Expr]:
+        """Blocks and last tokens of a sequence."""
+        return self.full[batch].astype("int64"), self.recent[batch].astype("int64")
+
+    def tail(self, k: Var, v: Var, layouts: tuple[str, str], batch: Expr) -> Run:
+        """The last tokens of a sequence, which lie in these."""
+        full, recent = self.counts(batch)
+        return Run(k, v, *layouts, full * BLOCK, recent)
+
     def _words(self, name: str, rows: int, terms: int, planes: int) -> list[Var]:
         return [
             self._buffer(f"{name}_words{n}", "uint32", *packed_words(rows, terms, part))
@@ -108,202 +128,30 @@ class Cache:
         return tirx.decl_buffer(extents, dtype, name)
 
 
-class _Multiplied:
-    """Rows of floats, and the numbers of blocks multiplied by them.
+class FewPacked(Few):
+    """A tile of rows over some tokens in float, then over the packed blocks of a sequence.
 
     Parameters
     ----------
-    name : str
-    rows : int
-    terms : int
-        Of a block.
-    blocks : int
-        The most whose products are summed.
-    lanes : int
-        Of a vector of float32.
-    packed : Packed
-    planes : int
+    on : Operands
+    cache : Cache
+    batch, kv, first : Expr
+    runs : sequence of Run
+        The tokens in float.
+    causal : bool
+        Whether the queries are the last tokens of all, none of which sees one behind it. Else all see what the mask
+        lets them see.
     """
 
-    def __init__(self, name: str, rows: int, terms: int, blocks: int, lanes: int, packed: Packed, planes: int) -> None:
-        self.rows, self.terms, self.lanes, self.dot, self.fields = rows, terms, lanes, packed.dot, digits(planes)
-        self.padded = -(-terms * blocks // _TERMS) * _TERMS
-        self.largest = (3**planes - 1) // 2
-        self.floats = buffer(f"{name}_floats", rows * self.padded)
-        self.bytes = tirx.decl_buffer([index(rows * self.padded)], "int8", f"{name}_bytes")
-        self.scale, self.total = buffer(f"{name}_scale", rows), buffer(f"{name}_total", rows)
-        self.buffers = [self.floats, *([self.bytes, self.scale, self.total] if packed.dot else [])]
-
-    def clear(self) -> Stmt:
-        """What is padded is zero, and stays it."""
-        zero = tirx.const(0, "int8")
-        bytes_ = [loop(self.rows * self.padded, lambda i: BufferStore(self.bytes, zero, [i]))] if self.dot else []
-        return sequence(loop(self.rows * self.padded, lambda i: BufferStore(self.floats, ZERO, [i])), *bytes_)
-
-    def load(self, row: Expr, count: Expr, read: Callable[[Expr], Expr]) -> Stmt:
-        """Take so many elements of a row, and round them."""
-        start = row * self.padded
-        if not self.dot:
-            return elements(count, self.lanes, lambda j: BufferStore(self.floats, read(j), [start + j]))
-        most, total = (tirx.decl_buffer([index(self.lanes)], "int32", name) for name in ("most", "sum"))
-        inverse = buffer("inverse", 1)
-
-        def lane(j: Expr) -> Expr:
-            return tirx.floormod(j, index(self.lanes))
-
-        def take(j: Expr) -> Stmt:
-            # Magnitudes as whole numbers: what is no number is the largest.
-            magnitude = tirx.bitwise_and(tirx.reinterpret("int32", self.floats[start + j]), tirx.const(_MAGNITUDE))
-            return sequence(
-                BufferStore(self.floats, read(j), [start + j]),
-                BufferStore(most, tirx.max(most[lane(j)], magnitude), [lane(j)]),
-            )
-
-        def rounded(j: Expr) -> Stmt:
-            moved = self.floats[start + j] * inverse[0] + tirx.const(_ROUND, "float32")
-            number = tirx.reinterpret("int32", moved)
-            return sequence(
-                BufferStore(self.bytes, number.astype("int8"), [start + j]),
-                BufferStore(total, total[lane(j)] + (number - tirx.const(_ROUND_BITS)), [lane(j)]),
-            )
-
-        def clear(one: Var) -> Stmt:
-            return vector(self.lanes, lambda i: BufferStore(one, tirx.const(0), [i]))
-
-        largest = tirx.reinterpret("float32", most[0])
-        body = sequence(
-            clear(most),
-            elements(count, self.lanes, take),
-            across(most, self.lanes, tirx.max),
-            BufferStore(inverse, Select(largest > ZERO, tirx.const(_MOST, "float32") / largest, ZERO), [0]),
-            BufferStore(self.scale, largest * tirx.const(1 / _MOST, "float32"), [row]),
-            clear(total),
-            elements(count, self.lanes, rounded),
-            across(total, self.lanes, lambda a, b: a + b),
-            BufferStore(self.total, total[0].astype("float32"), [row]),
-        )
-        return scope("rounded", body, [most, total, inverse])
-
-    def multiply(
-        self,
-        words: Sequence[Var],
-        at: Callable[[Expr], list[Expr]],
-        blocks: Expr,
-        groups: int,
-        registers: int,
-        store: Callable[..., list[Stmt]],
-    ) -> Stmt:
-        """The product of all rows with all groups of sixteen rows of some blocks, summed over these.
-
-        Parameters
-        ----------
-        words : sequence of Var
-            One for each of `digits`.
-        at : callable
-            Gives the place of the n-th block.
-        blocks : Expr
-            How many.
-        groups : int
-        registers : int
-            Of the vector unit.
-        store : callable (row, start, lanes, value) -> statements
-            Takes ``lanes`` float sums of a row of floats, from row ``start`` of the block on.
-        """
-        lanes = self.dot.lanes if self.dot else self.lanes
-        # Sums beside each other hide the latency of adding to one; more than half of the registers would spill.
-        at_once = max(1, registers // 2 * lanes // (LANES * self.rows))
-        dtype = "int32" if self.dot else "float32"
-
-        def together(part: range) -> Stmt:
-            places = [(row, group, n) for row in range(self.rows) for group in part for n in range(0, LANES, lanes)]
-            sums = [(tirx.decl_buffer([index(lanes)], dtype, f"acc{n}"), *place) for n, place in enumerate(places)]
-            zero = T.Broadcast(tirx.const(0, dtype), lanes)
-            body = [BufferStore(acc, zero, [Ramp(0, 1, lanes)]) for acc, *_ in sums]
-            for fields, array in zip(self.fields, words, strict=True):
-                if fields.first:
-                    more = T.Broadcast(tirx.const(3**fields.count, dtype), lanes)
-                    body += [BufferStore(acc, _load(acc, lanes) * more, [Ramp(0, 1, lanes)]) for acc, *_ in sums]
-                body.append(self._add(sums, lanes, fields, array, at, blocks))
-            for acc, row, group, n in sums:
-                body += store(row, group * LANES + n, lanes, self._finished(acc, lanes, row))
-            return scope("products", sequence(body), [acc for acc, *_ in sums])
-
-        return sequence([together(range(n, min(n + at_once, groups))) for n in range(0, groups, at_once)])
-
-    def _add(
-        self,
-        sums: list[tuple[Var, int, int, int]],
-        lanes: int,
-        fields: Digits,
-        array: Var,
-        at: Callable[[Expr], list[Expr]],
-        blocks: Expr,
-    ) -> Stmt:
-        """Add the products with one of the arrays of words."""
-        step = self._bytes if self.dot else self._numbers
-
-        def word(block: Expr, w: Expr) -> Stmt:
-            first = block * self.terms + w * fields.terms
-            ahead = [[*at(block + 1), index(group), w, 0] for group in dict.fromkeys(group for _, _, group, _ in sums)]
-            return sequence(
-                # A block is a page or less, and what a CPU reads ahead by itself ends with a page.
-                [prefetch(T.address_of(array[tuple(place)])) for place in ahead],
-                [
-                    step(
-                        acc,
-                        lanes,
-                        fields,
-                        array.vload([*at(block), index(group), w, n], f"uint32x{lanes}"),
-                        row * self.padded + first,
-                    )
-                    for acc, row, group, n in sums
-                ],
-            )
-
-        count = -(-self.terms // fields.terms)
-        return loop(blocks, lambda block: loop(count, lambda w: word(block, w), name="word"), name="block")
-
-    def _finished(self, acc: Var, lanes: int, row: int) -> Expr:
-        total = _load(acc, lanes)
-        if not self.dot:
-            return total
-        away = tirx.const(self.largest, "float32") * self.total[row]
-        return (T.Cast(f"float32x{lanes}", total) - T.Broadcast(away, lanes)) * T.Broadcast(self.scale[row], lanes)
-
-    def _bytes(self, acc: Var, lanes: int, fields: Digits, words: Expr, first: Expr) -> Stmt:
-        """One word of each lane: its fields are bytes once they are shifted down."""
-        assert self.dot is not None
-        total = _load(acc, lanes)
-        mask = 0x01010101 * (2**fields.bits - 1)
-        for j in range(fields.terms // 4):
-            bytes_ = T.reinterpret(field(words, fields.bits * j, mask, lanes), dtype=f"uint8x{4 * lanes}")
-            total = self.dot.add(total, bytes_, four_bytes(self.bytes, first + 4 * j, lanes))
-        return BufferStore(acc, total, [Ramp(0, 1, lanes)])
-
-    def _numbers(self, acc: Var, lanes: int, fields: Digits, words: Expr, first: Expr) -> Stmt:
-        total = _load(acc, lanes)
-        for term in range(fields.terms):
-            shift = 8 * (term % 4) + fields.bits * (term // 4)
-            number = T.reinterpret(field(words, shift, 2**fields.bits - 1, lanes), dtype=f"int32x{lanes}")
-            number = number - T.Broadcast(T.int32(fields.offset), lanes)
-            x = self.floats[first + term]
-            total = total + T.Cast(f"float32x{lanes}", number) * T.Broadcast(x, lanes)
-        return BufferStore(acc, total, [Ramp(0, 1, lanes)])
-
-
-def _load(acc: Var, lanes: int) -> Expr:
-    return acc.vload([0], f"{acc.dtype}x{lanes}")
-
-
-class FewPacked(Few):
-    """A tile of rows over the packed blocks of a sequence, then over its last tokens."""
-
-    def __init__(self, on: Operands, cache: Cache, batch: Expr, kv: Expr, first: Expr) -> None:
+    def __init__(
+        self, on: Operands, cache: Cache, batch: Expr, kv: Expr, first: Expr, runs: Sequence[Run], *, causal: bool
+    ) -> None:
         super().__init__(on, batch, kv, first, join=False)
-        self.cache = cache
+        self.cache, self.runs, self.causal = cache, runs, causal
+        self.full, self.recent = cache.counts(batch)
         shape, packed = self.shape, cache.packed
-        self.asked = _Multiplied("q", self.rows, shape.size, 1, self.lanes, packed, packed.key_planes)
-        self.weights = _Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed, packed.value_planes)
+        self.asked = Multiplied("q", self.rows, shape.size, 1, self.lanes, packed.dot, packed.key_planes)
+        self.weights = Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed.dot, packed.value_planes)
         self.scores = buffer("scores", self.rows, SPAN * BLOCK)
 
     def write(self) -> Stmt:
@@ -311,24 +159,73 @@ class FewPacked(Few):
         body = sequence(self.asked.clear(), self.weights.clear(), super().write())
         return scope("packed", body, [*self.asked.buffers, *self.weights.buffers])
 
-    def _over_keys(self, block: Callable[[Expr, Expr], Stmt]) -> Stmt:
-        full = self.cache.full[self.batch].astype("int64")
-        recent = self.cache.recent[self.batch].astype("int64")
-        count = tirx.floordiv(recent + (KEYS - 1), index(KEYS))
-        tail = loop(count, lambda n: block(n * KEYS, tirx.min(index(KEYS), recent - n * KEYS)), name="block")
-        spans = tirx.floordiv(full + (SPAN - 1), index(SPAN))
+    def _over_keys(self) -> Stmt:
+        floats = [
+            run.blocks(lambda first, count, run=run: self._block(run, first, count))  # type: ignore[misc]
+            for run in self.runs
+        ]
+        if "s" not in self.shape.mask:
+            return sequence(floats, self._spans(index(0), self.full))
+        seen = tirx.decl_buffer([index(2)], "int64", "seen")
+        return scope("seen", sequence(floats, self._find(seen), self._spans(seen[0], seen[1])), [seen])
+
+    def _spans(self, start: Expr, stop: Expr) -> Stmt:
+        """The blocks from ``start`` to ``stop``."""
 
         def span(n: Expr) -> Stmt:
-            return self._span(n * SPAN, tirx.min(index(SPAN), full - n * SPAN))
+            return self._span(start + n * SPAN, tirx.min(index(SPAN), stop - start - n * SPAN))
 
-        return sequence(loop(spans, span, name="span"), tail)
+        return loop(tirx.floordiv(stop - start + (SPAN - 1), index(SPAN)), span, name="span")
+
+    def _find(self, seen: Var) -> Stmt:
+        """The first block that a row sees, and the one behind the last."""
+        lanes, peak = self.lanes, self.state["peak"]
+        low, found = buffer("low", 1), tirx.decl_buffer([index(lanes)], "int32", "found")
+        limit = Select(low[0] > tirx.const(HIDDEN, "float32"), tirx.const(HIDDEN, "float32"), NOTHING)
+        alike = "h" not in self.shape.mask and ("m" not in self.shape.mask or static(self.on.queries) == 1)
+
+        def look(block: Expr, row: Expr, start: Expr) -> Stmt:
+            head, query = self._at(row)
+
+            def one(lane: Expr) -> Stmt:
+                item = self.on.mask_at(self.batch, head, query, block * BLOCK + start * lanes + lane)
+                # Written so that a NaN is seen.
+                seen = Select(item <= limit, tirx.const(0), tirx.const(1))
+                return BufferStore(found, tirx.max(found[lane], seen), [lane])
+
+            return vector(lanes, one)
+
+        def block(n: Expr) -> Stmt:
+            keep = sequence(
+                BufferStore(seen, tirx.min(seen[0], n), [0]),
+                BufferStore(seen, n + 1, [1]),
+            )
+            return sequence(
+                vector(lanes, lambda lane: BufferStore(found, tirx.const(0), [lane])),
+                loop(
+                    1 if alike else self.rows,
+                    lambda row: loop(BLOCK // lanes, lambda start: look(n, row, start), name="part"),
+                    name="row",
+                ),
+                across(found, lanes, tirx.max),
+                IfThenElse(found[0] > 0, keep, None),
+            )
+
+        body = sequence(
+            BufferStore(low, peak[0], [0]),
+            loop(self.rows, lambda row: BufferStore(low, tirx.min(low[0], peak[row]), [0]), name="row"),
+            BufferStore(seen, self.full, [0]),
+            BufferStore(seen, self.full, [1]),
+            loop(self.full, block, name="block"),
+        )
+        return scope("find", body, [low, found])
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
-        """The last tokens are those that ask: none sees one behind it."""
+        if not self.causal:
+            return super()._masked(row, key, score)
         _, query = self._at(row)
-        recent = self.cache.recent[self.batch].astype("int64")
-        seen = key <= recent - self.on.queries + query
-        return Select(seen, score, tirx.const(float("-inf"), "float32"))
+        seen = key <= self.full * BLOCK + self.recent - self.on.queries + query
+        return Select(seen, score, NOTHING)
 
     def _span(self, first: Expr, count: Expr) -> Stmt:
         """Some blocks: scores one by one, then weights and values of all."""
@@ -362,6 +259,8 @@ class FewPacked(Few):
             return self.asked.load(row, index(self.shape.size), lambda d: self.q[row, d] * scale[(*at, d)])
 
         def store(row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
+            if self.shape.mask:
+                value = value + self._mask_vector(row, block * BLOCK + start, lanes)
             return [BufferStore(self.scores, value, [row, Ramp(place + start, 1, lanes)])]
 
         return sequence(
@@ -375,6 +274,13 @@ class FewPacked(Few):
                 store,
             ),
         )
+
+    def _mask_vector(self, row: int, key: Expr, lanes: int) -> Expr:
+        """What is added to the scores of so many keys."""
+        at = self.on.mask_place(self.batch, *self._at(row), key)
+        if "s" not in self.shape.mask:
+            return T.Broadcast(self.on.mask[tuple(at)], lanes)
+        return self.on.mask.vload(at, f"float32x{lanes}")
 
     def _add_values(self, row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
         fade, room = self.state["fade"][row], self.shape.value_size - start
@@ -417,8 +323,13 @@ def attention_step(shape: Attention, packed: Packed, lengths: tuple[int | None, 
     rows = tile_rows(on)
     extents = [batch, index(shape.kv_heads), tiles(queries * shape.group, rows)]
     work = (blocks * BLOCK + latest) * (rows * (shape.size + shape.value_size) // 4)
-    body = space(extents, work, lambda at: FewPacked(on, cache, at[0], at[1], at[2] * rows).write())
-    params = [on.q, *cache.keys, cache.key_scale, *cache.values, cache.value_scale, on.k, on.v]
-    function = PrimFunc([*params, cache.full, cache.recent, on.out], scope("root", body))
+
+    def tile(at: list[Expr]) -> Stmt:
+        tail = cache.tail(on.k, on.v, (shape.key, shape.value), at[0])
+        return FewPacked(on, cache, at[0], at[1], at[2] * rows, [tail], causal=True).write()
+
+    body = space(extents, work, tile)
+    params = [on.q, *cache.packed_params, on.k, on.v, cache.full, cache.recent, on.out]
+    function = PrimFunc(params, scope("root", body))
     function = function.with_attr("tirx.noalias", True).with_attr("tirx.is_scheduled", True)
     return expand_vector_math(function)
