@@ -50,7 +50,7 @@ def test_a_budget_is_kept_and_used(tokens: int, share: float) -> None:
     memory = math.ceil(share * ModelCache(layers, tokens).stats().float_bytes)
     if memory < least:
         with pytest.raises(
-            OptionError, match=f"kv_memory: is {memory} bytes; 1 sequences of {tokens} tokens take {least}"
+            OptionError, match=f"is {memory} bytes; a batch of 1 with {tokens} tokens each takes {least}"
         ):
             ModelCache(layers, tokens, memory=memory)
         return
@@ -103,7 +103,7 @@ def test_cut_and_forget() -> None:
         ({"tokens": 9, "window": -64}, "kv_window -64: is no multiple of 64"),
         ({"tokens": 9, "memory": "lots"}, "kv_memory lots: is no size; expected bytes, or such as 512MiB"),
         ({"tokens": 9, "memory": 0}, "kv_memory 0: is no size"),
-        ({"tokens": 9, "memory": 10}, "kv_memory: is 10 bytes; 1 sequences of 9 tokens take"),
+        ({"tokens": 9, "memory": 10}, "kv_memory: is 10 bytes; a batch of 1 with 9 tokens each takes"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, object], message: str) -> None:

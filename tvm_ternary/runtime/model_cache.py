@@ -216,7 +216,9 @@ class ModelCache:
             return shapes
         least = sum(map(_bytes, shapes))
         if least > self._memory:
-            problem = f"is {self._memory} bytes; {batch} sequences of {self.capacity} tokens take {least}"
+            problem = (
+                f"is {self._memory} bytes; a batch of {batch} with {self.capacity} tokens each takes {least} at least"
+            )
             raise OptionError("kv_memory", problem, "give more, or fewer kv_tokens, or a smaller kv_window")
         # The more tokens stay in float, the more memory: the last window that fits is found by halving.
         low, high = 0, -(-self.capacity // BLOCK)
