@@ -116,9 +116,10 @@ def rounded_attention(
     q, k, v = (np.asarray(x, np.float32) for x in (q, k[:, seen.keys], v[:, seen.keys]))
     if rounding.rotated:
         q, k, v = map(_turned, (q, k, v))
-    visible = np.broadcast_to(seen.visible, (len(q), q.shape[1], k.shape[1]))
-    added = np.zeros((1, 1, 1)) if mask is None else mask[..., seen.keys] if mask.shape[-1] > 1 else mask
-    added = np.broadcast_to(added, visible.shape)
+    shape = len(q), q.shape[1], k.shape[1]
+    added = (
+        None if mask is None else np.where(seen.visible, mask[..., seen.keys] if mask.shape[-1] > 1 else mask, -np.inf)
+    )
     rounded = _rounded(k, rounding.key_planes, -2), _rounded(v, rounding.value_planes, -1)
     out = np.zeros((*q.shape[:2], v.shape[-1]))
     for packed in np.unique(seen.packed):
@@ -128,16 +129,21 @@ def rounded_attention(
             np.repeat(np.concatenate([of[:, :packed], x[:, packed:]], axis=1, dtype=np.float64), group, axis=0)
             for of, x in zip(rounded, (k, v), strict=True)
         )
-        scores = scale * (q[:, at].astype(np.float64) @ keys.swapaxes(-1, -2)) + added[:, at]
-        out[:, at] = _softmax(np.where(visible[:, at], scores, -np.inf)) @ values
+        scores = (scale * q[:, at].astype(np.float64)) @ keys.swapaxes(-1, -2)
+        if added is not None:
+            scores += np.broadcast_to(added, shape)[:, at]
+        weights, total = _unnormalized(scores)
+        out[:, at] = weights @ values / total
     return np.asarray(_turned(out) if rounding.rotated else out, np.float64)
 
 
-def _softmax(scores: Doubles) -> Doubles:
+def _unnormalized(scores: Doubles) -> tuple[Doubles, Doubles]:
+    """exp(scores - their largest), in the scores' place, and its sums; 1 where no key is seen."""
     peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(np.isneginf(peak), 0.0, peak))
-    total = weights.sum(axis=-1, keepdims=True)
-    return np.asarray(weights / np.where(total == 0, 1.0, total), np.float64)
+    scores -= np.where(np.isneginf(peak), 0.0, peak)
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    return scores, np.where(total == 0, 1.0, total)
 
 
 def _rounded(x: npt.NDArray[np.float32], planes: int, axis: int) -> Floats:
