@@ -62,12 +62,7 @@ from_lane_float = Device(
 
 sync_warp = Device("tt_sync_warp", "", "  __syncwarp();")
 
-put_four = Device(
-    "tt_put_four",
-    "void* shared, int offset, const float* four",
-    "  *(float4*)((char*)shared + offset) = make_float4(four[0], four[1], four[2], four[3]);",
-)
-
-# Left to itself the compiler makes one rounding of a product and a sum.
+# Where numbers are to be a CPU's to the bit, what is rounded is said.
 multiply = Device("tt_multiply", "float a, float b", "  return __fmul_rn(a, b);", result="float32")
+multiply_add = Device("tt_multiply_add", "float a, float b, float c", "  return __fmaf_rn(a, b, c);", result="float32")
 nearest = Device("tt_nearest", "float x", "  return (int)rintf(x);", result="int32")
