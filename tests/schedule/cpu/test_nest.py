@@ -10,6 +10,8 @@ from tvm.tirx import Evaluate, For, ForKind, IfThenElse, IntImm, SeqStmt, Stmt, 
 
 from tvm_ternary.schedule.cpu.nest import (
     PARALLEL_MIN_WORK,
+    TASK_WORK,
+    TYPICAL_DYNAMIC,
     decompose,
     fit_lanes,
     index,
@@ -20,6 +22,7 @@ from tvm_ternary.schedule.cpu.nest import (
     static,
     strips,
     substitute,
+    typical,
 )
 
 
@@ -98,6 +101,49 @@ def test_only_enough_work_wakes_other_threads() -> None:
     assert isinstance(space([Var("n", "int64")], 1, lambda i: record(*i)), IfThenElse)
     assert unknown.then_case.kind == ForKind.PARALLEL
     assert unknown.else_case.kind == ForKind.SERIAL
+
+
+def test_each_variable_of_an_amount_counts() -> None:
+    n, m, counts = Var("n", "int64"), Var("m", "int32"), tirx.decl_buffer([index(1)], "int64", "counts")
+    many = TYPICAL_DYNAMIC
+    assert [typical(one) for one in (0, index(7), n, m)] == [1, 7, many, many]
+    assert typical((n * 64 + m.astype("int64")) * 1000) == 65000 * many
+    assert typical(n * n * 3) == 3 * many * many
+    # However little it would be, it may be more.
+    assert typical(tirx.floordiv(n + 31, index(32))) == typical(n - 100) == many
+    assert typical(counts[0]) == typical(counts[0] * n) == many
+
+
+def tasks_of(stmt: Stmt, at: dict[Var, int]) -> int:
+    """How many tasks the parallel loop of a guarded nest has."""
+    assert isinstance(stmt, IfThenElse)
+    assert stmt.then_case.kind == ForKind.PARALLEL
+    return value(stmt.then_case.extent, at)
+
+
+def test_open_work_makes_tasks_of_all_axes() -> None:
+    """As a step over a cache: open extents, of which the first is one, and work that grows with an open length."""
+    batch, tiles, keys = (Var(name, "int64") for name in ("batch", "tiles", "keys"))
+    extents = [batch, index(8), tirx.floordiv(tiles + 3, index(4))]
+    at = {batch: 1, tiles: 4, keys: 4096}
+    assert tasks_of(space(extents, keys * 512, lambda i: record(*i)), at) == 8
+    # A variable alone is too little: the last axis stays a loop.
+    assert tasks_of(space([batch, index(8), index(5)], keys, lambda i: record(*i)), at) == 1
+
+
+@pytest.mark.parametrize(("work", "tasks"), [(TASK_WORK // 64 - 1, 3), (TASK_WORK // 64 + 1, 3 * 100)])
+def test_tasks_carry_no_more_than_they_should(work: int, tasks: int) -> None:
+    n = Var("n", "int64")
+    assert tasks_of(space([3, n], work, lambda i: record(*i)), {n: 100}) == tasks
+
+
+def test_one_task_wakes_nobody() -> None:
+    batch = Var("batch", "int64")
+    alone = space([1], PARALLEL_MIN_WORK, lambda i: record(*i))
+    assert isinstance(alone, Evaluate)
+    stmt = space([batch], PARALLEL_MIN_WORK, lambda i: record(*i))
+    assert isinstance(stmt, IfThenElse)
+    assert [value(stmt.condition, {batch: n}) for n in (0, 1, 2)] == [0, 0, 1]
 
 
 def test_a_loop_of_one_is_its_body() -> None:

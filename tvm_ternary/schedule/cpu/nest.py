@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from math import prod
 from typing import Any
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Expr
+from tvm.ir import Expr, PrimType
 from tvm.s_tir import SBlock, SBlockRealize
 from tvm.sym import Analyzer
 from tvm.tirx import For, ForKind, IfThenElse, IntImm, SeqStmt, Stmt, Var
+from tvm.tirx.analysis import undefined_vars
 
 INDEX = "int64"
 
@@ -31,7 +33,7 @@ PARALLEL_MIN_WORK = 1 << 19
 # for a task costs the index arithmetic of the fused axes.
 TASK_WORK = 1 << 15
 
-# Stands for an extent that is known only at run time when tasks are sized.
+# Stands for a variable that is known only at run time when tasks are sized.
 TYPICAL_DYNAMIC = 64
 
 
@@ -132,12 +134,21 @@ def strips(
     return [main, IfThenElse(rest > 0, IfThenElse(extent >= lanes, overlapped, short), None)]
 
 
-def _typical(extents: Sequence[int | Expr]) -> int:
-    total = 1
-    for extent in extents:
-        known = static(extent)
-        total *= TYPICAL_DYNAMIC if known is None else max(known, 1)
-    return total
+def typical(value: int | Expr) -> int:
+    """How much an extent or amount of work is, at least 1, if each variable in it is `TYPICAL_DYNAMIC`.
+
+    What is open counts no less than a variable, quotients too: too few tasks leave threads idle, while too many cost a
+    little index arithmetic.
+    """
+    known = static(value)
+    if known is not None:
+        return max(known, 1)
+    sizes = {
+        var: IntImm(str(var.ty.dtype), TYPICAL_DYNAMIC) for var in undefined_vars(value) if isinstance(var.ty, PrimType)
+    }
+    found = static(Analyzer().simplify(substitute(value, sizes)))
+    # What is read from a tensor stays open.
+    return TYPICAL_DYNAMIC if found is None else max(found, TYPICAL_DYNAMIC)
 
 
 def decompose(flat: Expr, extents: Sequence[int | Expr]) -> list[Expr]:
@@ -173,7 +184,7 @@ def space(extents: Sequence[int | Expr], work: int | Expr, body: Callable[[list[
     Stmt
     """
     fused = min(1, len(extents))
-    while fused < len(extents) and _typical([*extents[fused:], work]) > TASK_WORK:
+    while fused < len(extents) and prod(map(typical, [*extents[fused:], work])) > TASK_WORK:
         fused += 1
     outer = extents[:fused]
 
@@ -185,11 +196,9 @@ def space(extents: Sequence[int | Expr], work: int | Expr, body: Callable[[list[
     def tasks(kind: ForKind) -> Stmt:
         return loop(product(outer), lambda task: nest(decompose(task, outer)), kind, "task")
 
-    total = product([*extents, work])
-    known = static(total)
-    count = static(product(outer))
-    if count == 1 or (known is not None and known < PARALLEL_MIN_WORK):
-        return nest([])
+    # One task, which may turn out at run time, wakes nobody.
+    pays = Analyzer().simplify(tirx.all(product([*extents, work]) >= PARALLEL_MIN_WORK, product(outer) > 1))
+    known = static(pays)
     if known is not None:
-        return tasks(ForKind.PARALLEL)
-    return IfThenElse(total >= PARALLEL_MIN_WORK, tasks(ForKind.PARALLEL), nest([]))
+        return tasks(ForKind.PARALLEL) if known else nest([])
+    return IfThenElse(pays, tasks(ForKind.PARALLEL), nest([]))

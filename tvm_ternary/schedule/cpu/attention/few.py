@@ -192,9 +192,9 @@ class Few:
     def _part(self, source: Source, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
         """Elements ``start .. start + width`` of the rows' sums."""
         sums = [buffer(f"sum{row}", width) for row in range(self.rows)]
-        # LLVM does not see that this is zero. Else it holds the sums of all parts in registers from block to block, more
-        # than there are, and spills those of this part for every key.
-        zero = tirx.shift_right(first, index(62))
+        # LLVM does not see that this is zero. Else it holds the sums of all parts in registers from block to block, of
+        # which there are not enough, and spills those of this part for every key. Twice, for an index may have 32 bits.
+        zero = tirx.shift_right(tirx.shift_right(first, index(31)), index(31))
 
         def key(j: Expr) -> Stmt:
             def one(row: int, acc: Var) -> Stmt:
