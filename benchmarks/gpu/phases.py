@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.gpu.cases import model_name, name_of
+from benchmarks.gpu.attention import CheckedCache
+from benchmarks.gpu.cases import TIMED_TOKENS, Cache, cache_name, model_name, name_of
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.models import SAME, DemoModel, most_error
 from benchmarks.gpu.reference import bound, random_activations, random_matrix, rounded
@@ -68,10 +69,12 @@ class Phases:
     def kernels(self) -> None:
         """Compare small kernels of every kind with their references, each number of rows on fresh data over poison."""
         self._kernels(self.cases.checked_rows)
+        self._caches(self.cases.caches)
 
     def small_kernels(self) -> None:
         """What runs under compute-sanitizer."""
         self._kernels(SANITIZED_ROWS)
+        self._caches([cache for cache in self.cases.caches if cache[-1] < TIMED_TOKENS])
 
     def _kernels(self, rows: Sequence[int]) -> None:
         kernels, generator = Kernels(self.folder), np.random.default_rng()
@@ -83,6 +86,12 @@ class Phases:
                 exact = rounded(x, matrix.scheme)
                 off = ~(np.abs(call(x) - exact @ matrix.dense.T) <= bound(exact, matrix))
                 self._checked(name, m, int(off.sum()))
+
+    def _caches(self, caches: Sequence[Cache]) -> None:
+        kernels, generator = Kernels(self.folder), np.random.default_rng()
+        for cache in caches:
+            for kind, wrong in CheckedCache(kernels, cache, generator).wrong().items():
+                self._checked(f"{kind}_{cache_name(cache)}", 1, wrong)
 
     def _checked(self, name: str, m: int, wrong: int) -> None:
         self.results.add("check", case=name, m=m, wrong=wrong)
@@ -133,6 +142,11 @@ class Phases:
     def times(self) -> None:
         """Check each timed matrix, then time it; what time does not reach is named."""
         begun = {row["case"] for row in self.results.rows("begin")}
+        for cache in self.cases.caches:
+            if cache[-1] >= TIMED_TOKENS and cache_name(cache) not in begun:
+                self.results.add("begin", case=cache_name(cache))
+                self.guarded(cache_name(cache), self._time_cache, cache)
+                self.device.torch.cuda.empty_cache()
         for n, k, text in self.cases.timed:
             name = name_of(n, k, text)
             if name in begun:
@@ -143,6 +157,13 @@ class Phases:
             self.results.add("begin", case=name)
             self.guarded(name, self._time_matrix, n, k, text)
             self.device.torch.cuda.empty_cache()
+
+    def _time_cache(self, cache: Cache) -> None:
+        from benchmarks.gpu.attention import TimedCache
+
+        line = TimedCache(self.device, cache).times()
+        self.results.add("attention", **line)
+        print(f"{line['case']}: {told(line)}", flush=True)
 
     def _time_matrix(self, n: int, k: int, text: str) -> None:
         from benchmarks.gpu.timing import TimedMatrix

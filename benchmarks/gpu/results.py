@@ -63,7 +63,8 @@ def known_cases(folder: Path) -> Cases:
     lists = known_facts(folder)["cases"]
     checked, timed, models = (tuple((a, b, t) for a, b, t in lists[key]) for key in ("checked", "timed", "models"))
     sizes, words = tuple((batch, length) for batch, length in lists["free_sizes"]), lists["words"]
-    return Cases(checked, tuple(lists["checked_rows"]), timed, tuple(lists["timed_rows"]), models, sizes, words)
+    rows, caches = (tuple(lists[key]) for key in ("checked_rows", "timed_rows")), lists["caches"]
+    return Cases(checked, next(rows), timed, next(rows), models, sizes, words, tuple(map(tuple, caches)))
 
 
 def host_facts() -> dict[str, Any]:

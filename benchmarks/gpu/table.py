@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from benchmarks.gpu.cases import REQUIRED
+from benchmarks.gpu.cases import ASKED_CACHE, REQUIRED, cache_name
 
 NOT_MEASURED = "not measured"
 Line = dict[str, Any]
@@ -29,7 +29,16 @@ def render(lines: Path | None) -> str:
             met = "met" if min(found) >= least else "not met"
             cells = [f"{min(found):.2f}", f"{geometric_mean(found):.2f}", met]
         table.append(f"| {text} | {least:g} | {' | '.join(cells)} |")
-    parts = [["# CUDA"], _machine(rows), table, _checks(rows), _models(rows), _times(rows), _peers(rows)]
+    parts = [
+        ["# CUDA"],
+        _machine(rows),
+        table,
+        _checks(rows),
+        _models(rows),
+        _times(rows),
+        _attention(rows),
+        _peers(rows),
+    ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
@@ -79,6 +88,16 @@ def _over_eager(rows: Sequence[Line]) -> list[float]:
     return [row["torch_bf16_eager"] / row["seconds"] for row in _of(rows, "model") if row["fixed"]]
 
 
+def _best_of_torch(row: Line) -> float:
+    return float(min(row["torch_bf16_rows"], row["torch_bf16_grouped"]))
+
+
+def _over_attention(rows: Sequence[Line]) -> list[float]:
+    """torch's time over ours, of the cache that is asked for."""
+    asked = cache_name(ASKED_CACHE)
+    return [_best_of_torch(row) / row["seconds"] for row in _of(rows, "attention") if row["case"] == asked]
+
+
 def _over_peer(name: str) -> Callable[[Sequence[Line]], list[float]]:
     def figure(rows: Sequence[Line]) -> list[float]:
         ours = {(row["case"], row["m"]): row["seconds_with_rows"] for row in _of(rows, "time")}
@@ -96,6 +115,7 @@ _FIGURES: dict[str, Callable[[Sequence[Line]], list[float]]] = {
     "rows512": _over_torch(("t1a8",), (512,)),
     "rows4096": _over_torch(("t1a8",), (4096,)),
     "model": _over_eager,
+    "attention": _over_attention,
     "gemlite": _over_peer("gemlite"),
     "bitblas": _over_peer("bitblas"),
 }
@@ -142,6 +162,20 @@ def _times(rows: Sequence[Line]) -> list[str]:
         times = [_us(row[key]) if row.get(key) is not None else "" for key in keys]
         rate = f"{row['weight_bytes'] / row['seconds'] / 1e9:.0f}"
         table.append("| " + " | ".join((row["case"], str(row["m"]), *times, rate, f"{row['spread']:.1%}")) + " |")
+    return table
+
+
+def _attention(rows: Sequence[Line]) -> list[str]:
+    found = _of(rows, "attention")
+    if not found:
+        return []
+    head = ("a token over a cache", "us", "to append it", "torch SDPA bf16", "times as fast", "cache, GB/s", "spread")
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in found:
+        best = _best_of_torch(row)
+        times = [_us(row["seconds"]), _us(row["append"]), _us(best), f"{best / row['seconds']:.2f}"]
+        rate = f"{row['bytes'] / row['seconds'] / 1e9:.0f}"
+        table.append("| " + " | ".join((row["case"], *times, rate, f"{row['spread']:.1%}")) + " |")
     return table
 
 

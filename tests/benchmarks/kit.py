@@ -24,6 +24,7 @@ CASES = Cases(
     models=((2, 8, "t2a8g16"),),
     free_sizes=((1, 5),),
     words=50,
+    caches=((4, 2, 20, 2, 140),),
 )
 _FAKE_CUDART = toolchain.fake_driver_folder() / "libcudart.so.13"
 _VISIT = """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import floors
-from benchmarks.gpu.cases import ALL, REQUIRED, TIMED_SCHEMES, TIMED_SHAPES, timed
+from benchmarks.gpu.cases import ALL, ASKED_CACHE, REQUIRED, TIMED_SCHEMES, TIMED_SHAPES, cache_name, timed
 from benchmarks.gpu.table import render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,8 @@ def test_the_figures_of_made_up_lines(tmp_path: Path) -> None:
         {"kind": "model", "case": "demo", "fixed": True, "seconds": 1e-4, "torch_bf16_eager": 3e-4}
         | {"torch_bf16_graph": 2e-4},
         {"kind": "model", "case": "any", "fixed": False, "seconds": 1e-3, "torch_bf16_eager": 3e-4},
+        {"kind": "attention", "case": cache_name(ASKED_CACHE), "seconds": 1e-5, "append": 5e-6, "bytes": 36.7e6}
+        | {"torch_bf16_rows": 4e-5, "torch_bf16_grouped": 5e-5, "spread": 0.02},
         {"kind": "peer", "peer": "gemlite", "case": "t1a8_4096x4096", "m": 1, "seconds": 5e-5},
         {"kind": "peer", "peer": "bitblas", "reason": "not installed"},
         {"kind": "left out", "case": "t1a1_4096x4096", "m": 8},
@@ -54,6 +56,8 @@ def test_the_figures_of_made_up_lines(tmp_path: Path) -> None:
         "| 2 | 3.00 | 3.00 | met |",
         "| over gemlite, the same shapes | 1 | 2.50 | 2.50 | met |",
         "| over bitblas, the same shapes | 1 | not measured |  |  |",
+        "| 3 | 4.00 | 4.00 | met |",
+        "| t2kv_32x8x128_32768 | 10.0 | 5.0 | 40.0 | 4.00 | 3670 | 2.0% |",
         "| demo | 1.0e-03 | 100.0 | 300.0 | 200.0 |",
         "| t1a16_4096x4096 | 1 | 10.0 | 20.0 | 9.0 | 180.0 |  | 2000 | 1.0% |",
         "bitblas: not installed (all that is missing).",
