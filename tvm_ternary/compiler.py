@@ -21,7 +21,7 @@ from tvm_ternary.build.lift_constants import lift_constants
 from tvm_ternary.build.nvcc import compile_fatbin, find_nvcc
 from tvm_ternary.build.weights import weights_lie_beside
 from tvm_ternary.convert.attention import Errors, attention_errors
-from tvm_ternary.convert.attention_modes import choose_caches, keep_inside, keeps_past, read_modes, read_planes
+from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, keeps_past, read_modes, read_planes
 from tvm_ternary.convert.first import quantized_first
 from tvm_ternary.convert.samples import find_tokenizer, load_samples
 from tvm_ternary.errors import OutputError
@@ -217,7 +217,7 @@ def compile(
             settled = read_config(ready)[1] if is_quantized(ready) else None
             named = scheme or (settled.options.get("scheme") if settled is not None else None) or DEFAULT_SCHEME
             choices = choose_caches(imported, modes, planes, kv_window, None if texts is None else measured, kv_error)
-            imported = keep_inside(imported, choices, resolved)
+            imported = apply_choices(imported, choices, resolved)
             dump("import", imported.module)
             if settled is None:
                 plan = make_plan(imported.shapes, named, "all" if layers is None else layers, packing)
@@ -289,11 +289,12 @@ def _attention_errors(
     length: int,
     window: int,
     model: ImportedModel,
+    values: bool,
 ) -> Errors:
     """What planes of keys and values cost each attention, on the samples that matrices are fitted to."""
     text = find_tokenizer(tokenizer, source)
     given = load_samples(calibration or (), model.inputs, samples, seed, text, length)
-    return attention_errors(model, given, window=window)
+    return attention_errors(model, given, window=window, values=values)
 
 
 def _quantize(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.models import gpt2
 from tvm_ternary.convert.attention import Errors
-from tvm_ternary.convert.attention_modes import choose_caches, keep_inside, read_modes, read_planes
+from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, read_modes, read_planes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.target import resolve
@@ -76,7 +76,8 @@ def test_choices(decoder: ImportedModel) -> None:
 def test_adaptive_takes_the_fewest_planes_that_are_good_enough(decoder: ImportedModel) -> None:
     measured: list[ImportedModel] = []
 
-    def measure(model: ImportedModel) -> Errors:
+    def measure(model: ImportedModel, values: bool) -> Errors:
+        assert values
         measured.append(model)
         good, bad = {1: 0.3, 2: 0.1, 3: 0.05}, {1: 0.9, 2: 0.8, 3: 0.7}
         return {"attention.0": {0: good, 1: {**good, 2: 0.15}}, "attention.1": {0: good, 1: bad}}
@@ -105,9 +106,12 @@ def test_choices_that_cannot_be_made(decoder: ImportedModel, modes: str, message
 
 
 def test_a_model_of_whole_texts_keeps_nothing() -> None:
-    message = "attention attention.0: cannot be ternary-keys: it has no past keys and values as inputs"
+    model = import_onnx(gpt2())
+    message = "attention attention.0: cannot be ternary-keys-values: it has no past.*choose ternary-keys, or export"
     with pytest.raises(OptionError, match=message):
-        choose(import_onnx(gpt2()), "ternary-keys")
+        choose(model, "ternary-keys-values")
+    keys = ("ternary-keys", 2, 0, 64)
+    assert choose(model, "ternary-keys") == {"attention.0": keys, "attention.1": keys}
 
 
 def test_a_past_of_a_fixed_length() -> None:
@@ -123,4 +127,4 @@ def test_windows_are_blocks(decoder: ImportedModel) -> None:
 def test_not_on_a_gpu(decoder: ImportedModel) -> None:
     choices = choose_caches(decoder, read_modes("ternary-keys-values"), (2, 2), 64)
     with pytest.raises(OptionError, match=r"cuda-sm_90 is no CPU.*compile with --attention full"):
-        keep_inside(decoder, choices, resolve("cuda-sm_90"))
+        apply_choices(decoder, choices, resolve("cuda-sm_90"))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tvm_ternary.errors import ArtifactError, LayoutError
 from tvm_ternary.runtime.manifest import (
     DTYPES,
+    AttentionInfo,
     CacheInfo,
     FunctionInfo,
     KernelInfo,
@@ -80,6 +81,7 @@ MANIFESTS = st.builds(
     kernels=st.lists(st.builds(KernelInfo, NAMES, NAMES, *[COUNTS] * 4), max_size=2).map(tuple),
     graph=st.booleans(),
     caches=st.lists(CACHES, max_size=2).map(tuple),
+    attentions=st.lists(st.builds(AttentionInfo, NAMES, NAMES, COUNTS, st.none() | COUNTS, NAMES)).map(tuple),
 )
 PLAIN = Manifest(
     model=ModelInfo("m", "m.onnx", "ab"),
@@ -95,6 +97,7 @@ PLAIN = Manifest(
     sizes=SizesInfo(48, 12),
     kernels=(KernelInfo("f_kernel", "sm_90", 64, 1024, 0, 0),),
     caches=(CacheInfo("k", "v", "batch", "past", "length", 2, 8, 8, "ternary-keys-values", 2, 1, 64),),
+    attentions=(AttentionInfo("attention.0", "ternary-keys", 2, 64),),
 )
 
 
@@ -137,7 +140,9 @@ def every_key(document: dict[str, Any]) -> list[tuple[str | int, ...]]:
     paths: list[tuple[str | int, ...]] = [(key,) for key in document]
     for key in ("model", "weights", "sizes", "target"):
         paths += [(key, inner) for inner in document[key]]
-    return paths + [(part, 0, key) for part in ("inputs", "layers", "kernels", "caches") for key in document[part][0]]
+    return paths + [
+        (part, 0, key) for part in ("inputs", "layers", "kernels", "caches", "attentions") for key in document[part][0]
+    ]
 
 
 def parent(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:

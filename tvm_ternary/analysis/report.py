@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_ternary.runtime.manifest import CacheInfo, LayerInfo, Manifest, TensorSpec
+from tvm_ternary.runtime.manifest import LayerInfo, Manifest, TensorSpec
 from tvm_ternary.runtime.model_cache import ModuleCacheStats
 from tvm_ternary.runtime.module import Timing
 
@@ -203,13 +203,17 @@ def timing_table(timing: Timing, threads: int) -> Table:
     return Table(columns, (row,), frozenset(range(len(columns))))
 
 
-def caches_table(caches: Sequence[CacheInfo]) -> Table:
-    """A row for every attention that keeps keys and values inside: how, and why."""
+def attentions_tables(manifest: Manifest) -> list[Table]:
+    """A row for every attention with a mode of its own: how keys and values are kept, and why; none where none has."""
     rows = [
         (c.name, c.mode, _planes(c.window, c.key_planes, c.value_planes), _window(c.window), c.reason or "as asked for")
-        for c in caches
+        for c in manifest.caches
+    ] + [
+        (a.name, a.mode, _planes(a.window, a.key_planes, 0), _window(a.window), a.reason or "as asked for")
+        for a in manifest.attentions
     ]
-    return Table(("attention", "mode", "planes of k, v", "float window", "why"), tuple(rows))
+    columns = ("attention", "mode", "planes of k, v", "float window", "why")
+    return [Table(columns, tuple(rows))] if rows else []
 
 
 def cache_tables(stats: ModuleCacheStats) -> list[Table]:

@@ -73,6 +73,7 @@ def describe(
         weights=describe_weights(params),
         sizes=SizesInfo(before, after),
         caches=imported.caches,
+        attentions=imported.attentions,
     )
 
 

@@ -10,15 +10,16 @@ from tvm_ternary.errors import OptionError
 
 _DESCRIPTION = """\
 Measure attention kernels, ours and others' fused ones in turns in one run, after looking at every answer: steps of one
-token over a cache, keys and values in float32 (full) or ternary, and prompts, causal and not. 'error' is relative,
-against float64 on what the keys and values stand for; 'loss' is what quantizing random ones changes. 'reached' is the
-time that reading or multiplying takes at least on this machine, over ours. A ratio is the median over the turns of a
-peer's time over ours: above 1 we are faster.
+token over a cache, keys and values in float32 (full) or ternary, and prompts, causal and not, with float32 keys or
+keys that are made ternary on the way. 'error' is relative, against float64 on what the keys and values stand for;
+'loss' is what quantizing random ones changes. 'reached' is the time that reading or multiplying takes at least on this
+machine, over ours. A ratio is the median over the turns of a peer's time over ours: above 1 we are faster. The last
+table is what the cache of a model takes: counted, and measured in a process of its own.
 """
 _EXAMPLES = """\
   tvm-ternary bench attention
   tvm-ternary bench attention --shapes 32/8x128 --cached 4096,32768 --prompts none --schemes full,t2a8 --plot steps.png
-  tvm-ternary bench attention --cached none --prompts 512,4096 --threads 2 --json lines.jsonl
+  tvm-ternary bench attention --cached none --prompts 512,4096 --prompt-schemes full,t2a8 --threads 2 --json lines.jsonl
 """
 _NONE = "none"
 
@@ -34,6 +35,8 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--prompts", metavar="N,...|none", default="512,1024,2048,4096", help=prompts)
     schemes = "of a step's cache: full, or t{planes 1-3}a{8|32} (default: %(default)s)"
     parser.add_argument("--schemes", metavar="NAME,...", default="full,t1a8,t1a32,t2a8,t2a32", help=schemes)
+    keys = "of a prompt's keys: full, or t{planes 1-3}a8; values are float32 (default: %(default)s)"
+    parser.add_argument("--prompt-schemes", metavar="NAME,...", default="full,t2a8", help=keys)
     window = "last tokens that a ternary cache holds in float32 (default: %(default)s)"
     parser.add_argument("--window", metavar="N", type=int, default=128, help=window)
     parser.add_argument("--threads", metavar="N,...", default="1,2", help="of every engine (default: %(default)s)")
@@ -76,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     for count in threads:
         thread_count(count)
     shapes = list(dict.fromkeys(map(HeadShape.parse, args.shapes.split(","))))
-    schemes = list(dict.fromkeys(map(CacheScheme.parse, args.schemes.split(","))))
+    schemes, of_prompts = (
+        list(dict.fromkeys(map(CacheScheme.parse, names.split(",")))) for names in (args.schemes, args.prompt_schemes)
+    )
     cases = list(cases_of(shapes, cached, prompts, window=args.window))
     peers, target = choose_peers(args.peers, ATTENTION_PEERS), resolve(args.target)
     pictures, lines = [Path(text) for text in args.plot], args.json and Path(args.json)
@@ -85,13 +90,13 @@ def run(args: argparse.Namespace) -> int:
     for path in pictures:
         require_format(path)
     facts, measured = machine_facts(), list[AttentionMeasurement]()
-    steps = len(threads) * sum(len(schemes) if case.step else 1 for case in cases)
+    steps = len(threads) * sum(len(schemes if case.step else of_prompts) for case in cases)
     with show_progress(quiet=False) as progress:
         assert progress is not None
         progress("measure", 0, steps)
         for count in threads:
-            options = {"threads": count, "window": args.window, "turns": args.turns, "target": target}
-            for one in measure_attention(cases, schemes, peers=peers, **options):
+            options = {"threads": count, "window": args.window, "turns": args.turns, "target": target, "peers": peers}
+            for one in measure_attention(cases, schemes, prompt_schemes=of_prompts, **options):
                 measured.append(one)
                 progress("measure", len(measured), steps)
                 if lines:

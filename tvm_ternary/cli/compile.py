@@ -182,10 +182,9 @@ def run(args: argparse.Namespace) -> int:
         manifest = artifact.manifest.to_dict()
         print_json({"path": str(artifact.path), "bytes": file_bytes, "seconds": artifact.seconds, "manifest": manifest})
     elif not args.quiet:
-        from tvm_ternary.analysis.report import caches_table, layers_table, summary_table
+        from tvm_ternary.analysis.report import attentions_tables, layers_table, summary_table
         from tvm_ternary.cli.tables import print_tables
 
         summary = summary_table(artifact.manifest, file_bytes, artifact.seconds)
-        caches = [caches_table(artifact.manifest.caches)] if artifact.manifest.caches else []
-        print_tables([layers_table(artifact.manifest.layers), *caches, summary])
+        print_tables([layers_table(artifact.manifest.layers), *attentions_tables(artifact.manifest), summary])
     return 0

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({**document, "manifest": manifest.to_dict()})
         return 0
     from tvm_ternary.analysis.device_report import device_table, kernels_table
-    from tvm_ternary.analysis.report import caches_table, facts_table, functions_table, layers_table, specs_table
+    from tvm_ternary.analysis.report import attentions_tables, facts_table, functions_table, layers_table, specs_table
     from tvm_ternary.cli.tables import print_tables
 
     tables = [
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         device_table(manifest),
         specs_table(manifest.inputs, manifest.outputs),
         layers_table(manifest.layers),
-        *([caches_table(manifest.caches)] if manifest.caches else []),
+        *attentions_tables(manifest),
     ]
     if args.functions:
         tables += [functions_table(manifest), *([kernels_table(manifest)] if manifest.kernels else [])]

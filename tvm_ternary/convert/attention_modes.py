@@ -11,18 +11,25 @@ import tvm
 from tvm_ternary.convert.attention import Errors, choose_planes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.cache_attention import CacheChoice, cache_attention, find_caches, without_past
+from tvm_ternary.graph.passes.cache_attention import NO_PAST, CacheChoice, cache_attention, find_caches, without_past
+from tvm_ternary.graph.passes.round_keys import round_keys
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import STEPS
 from tvm_ternary.runtime.kv_cache import BLOCK
 from tvm_ternary.schedule.cpu import simd_of
+from tvm_ternary.schedule.cpu.attention.cached import cached_attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed
+from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
 from tvm_ternary.target import Target
 
 FULL, KEYS, KEYS_VALUES, ADAPTIVE = "full", "ternary-keys", "ternary-keys-values", "adaptive"
 MODES = (FULL, KEYS, KEYS_VALUES, ADAPTIVE)
 """What `AttentionMode` names: float; keys ternary; both; chosen for each attention by what it costs in accuracy."""
+
+
+Measure = Callable[[ImportedModel, bool], Errors]
+"""Gives the errors of a model of whole texts, of keys or of values too (`convert.attention.attention_errors`)."""
 
 
 def read_modes(attention: str | Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
@@ -76,7 +83,7 @@ def choose_caches(
     modes: Mapping[str, str],
     planes: tuple[int, int],
     window: int,
-    measure: Callable[[ImportedModel], Errors] | None = None,
+    measure: Measure | None = None,
     budget: float = 0.0,
 ) -> dict[str, CacheChoice]:
     """What each attention is to keep.
@@ -91,21 +98,21 @@ def choose_caches(
     window : int
         Last tokens that stay in float, a multiple of 64.
     measure : callable, optional
-        For ``adaptive``: gives the errors of a model of whole texts (`convert.attention.attention_errors`).
+        For ``adaptive``.
     budget : float
         The largest error that ``adaptive`` allows.
 
     Returns
     -------
     dict of str to CacheChoice
-        Empty where all stay as they are. As soon as one attention is not ``full``, all keep their past inside: those
-        that are keep it in float.
+        Empty where all stay as they are. As soon as one attention is not ``full``, all that have a past keep it inside:
+        those that are keep it in float.
 
     Raises
     ------
     OptionError
-        If a pattern matches nothing, an attention that is to keep its past inside cannot, or adaptive is asked for
-        without calibration.
+        If a pattern matches nothing, an attention cannot be what it is to be, or adaptive is asked for without
+        calibration.
     """
     if not keeps_past(modes):
         return {}
@@ -118,24 +125,16 @@ def choose_caches(
     for pattern in modes:
         if not any(re.search(pattern, name) for name in found):
             raise OptionError(f"attention {pattern!r}", "matches none", f"there are {', '.join(found)}")
-    for name, reason in found.items():
-        if reason is not None:
-            hint = "export the model with past keys and values as inputs and present ones as outputs"
-            raise OptionError(f"attention {name}", f"cannot be {wanted[name]}: it {reason}", hint)
-    if ADAPTIVE not in wanted.values():
-        return {name: _asked(mode, planes, window) for name, mode in wanted.items()}
-    if measure is None:
-        problem = "decides by what planes cost in accuracy, and was given nothing to measure that with"
-        raise OptionError("attention adaptive", problem, "give --kv-calibration, or choose ternary-keys-values")
-    errors = dict(zip(found, measure(without_past(model)).values(), strict=True))
+    kept = _require_possible(wanted, found)
+    errors = _errors(model, wanted, kept, measure)
     return {
-        name: _measured(errors[name], window, budget) if mode == ADAPTIVE else _asked(mode, planes, window)
+        name: _measured(errors[name], window, budget, kept) if mode == ADAPTIVE else _asked(mode, planes, window)
         for name, mode in wanted.items()
     }
 
 
-def keep_inside(model: ImportedModel, choices: Mapping[str, CacheChoice], target: Target) -> ImportedModel:
-    """Apply choices for a target.
+def apply_choices(model: ImportedModel, choices: Mapping[str, CacheChoice], target: Target) -> ImportedModel:
+    """Keep keys and values inside, or round keys in a run of whole texts.
 
     Raises
     ------
@@ -143,22 +142,60 @@ def keep_inside(model: ImportedModel, choices: Mapping[str, CacheChoice], target
         If there are some and the target is no CPU.
     """
     if choices and target.kind == "cuda":
-        problem = f"{target.name} is no CPU; caches inside a library run on CPUs so far"
+        problem = f"{target.name} is no CPU; ternary keys and values of models run on CPUs so far"
         raise OptionError("attention", problem, "compile with --attention full")
-    return cache_attention(model, choices, partial(_schedule, target))
+    if not choices:
+        return model
+    if any(reason is None for reason in find_caches(model).values()):
+        return cache_attention(model, choices, partial(_cached, target))
+    return round_keys(model, choices, partial(_rounded, target))
 
 
-def _schedule(
+def _cached(
     target: Target,
     shape: Attention,
     key_planes: int,
     value_planes: int,
     lengths: tuple[int | None, int | None],
 ) -> tvm.tirx.PrimFunc:
-    from tvm_ternary.schedule.cpu.attention.cached import cached_attention
-
     packed = Packed(key_planes, value_planes, BYTE_DOTS[target.tier])
     return cached_attention(shape, packed, lengths, simd_of(tvm.target.Target(target.tvm)))
+
+
+def _rounded(
+    target: Target, shape: Attention, planes: int, window: int, lengths: tuple[int | None, ...]
+) -> tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc]:
+    packed = Packed(planes, planes, BYTE_DOTS[target.tier])
+    simd = simd_of(tvm.target.Target(target.tvm))
+    batch, _, keys = lengths
+    pack = pack_keys(shape, packed, window, (batch, keys), simd)
+    return pack, rounded_attention(shape, packed, window, lengths, simd)
+
+
+def _require_possible(wanted: Mapping[str, str], found: Mapping[str, str | None]) -> bool:
+    """Whether there is a past that is kept; where nothing is, keys may be rounded in the run."""
+    kept = any(reason is None for reason in found.values())
+    for name, reason in found.items():
+        mode = wanted[name]
+        if not kept and reason == NO_PAST and mode != KEYS_VALUES:
+            continue
+        if reason is not None and mode != FULL:
+            hint = "export the model with past keys and values as inputs and present ones as outputs"
+            hint = hint if kept or reason != NO_PAST else f"choose {KEYS}, or {hint}"
+            raise OptionError(f"attention {name}", f"cannot be {mode}: it {reason}", hint)
+    return kept
+
+
+def _errors(
+    model: ImportedModel, wanted: Mapping[str, str], kept: bool, measure: Measure | None
+) -> dict[str, dict[int, dict[int, float]]]:
+    if ADAPTIVE not in wanted.values():
+        return {}
+    if measure is None:
+        problem = "decides by what planes cost in accuracy, and was given nothing to measure that with"
+        raise OptionError("attention adaptive", problem, "give --kv-calibration, or choose ternary-keys")
+    found = measure(without_past(model) if kept else model, kept)
+    return dict(zip(wanted, found.values(), strict=True))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -177,7 +214,7 @@ def _asked(mode: str, planes: tuple[int, int], window: int) -> CacheChoice:
     return CacheChoice(mode, keys, 0 if mode == KEYS else values, window)
 
 
-def _measured(errors: dict[int, dict[int, float]], window: int, budget: float) -> CacheChoice:
+def _measured(errors: dict[int, dict[int, float]], window: int, budget: float, kept: bool) -> CacheChoice:
     """The fewest planes that are good enough, for one attention; float where none are."""
     (planes,) = choose_planes({"": errors}, budget).values()
     counts = sorted(set.intersection(*(set(of_planes) for of_planes in errors.values())))
@@ -186,4 +223,4 @@ def _measured(errors: dict[int, dict[int, float]], window: int, budget: float) -
         reason = f"float: no number of planes keeps every head within {budget:g} (largest errors {worst})"
         return CacheChoice(ADAPTIVE, 1, 1, None, reason)
     reason = f"{planes} planes: the fewest that keep every head within {budget:g} (largest errors {worst})"
-    return CacheChoice(ADAPTIVE, planes, planes, window, reason)
+    return CacheChoice(ADAPTIVE, planes, planes if kept else 0, window, reason)

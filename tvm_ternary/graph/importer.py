@@ -25,7 +25,7 @@ from tvm_ternary.graph.onnx.prune import prune_nodes
 from tvm_ternary.graph.onnx.read import read_model
 from tvm_ternary.graph.onnx.values import Algebra, Value, describe, plain
 from tvm_ternary.graph.onnx.walk import Walker
-from tvm_ternary.runtime.manifest import DTYPES, CacheInfo, TensorSpec
+from tvm_ternary.runtime.manifest import DTYPES, AttentionInfo, CacheInfo, TensorSpec
 
 _ELEMENT_TYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 
@@ -77,6 +77,8 @@ class ImportedModel:
         The graph it was imported from, where that was ONNX.
     caches : tuple of CacheInfo
         Keys and values that `passes.cache_attention` keeps inside.
+    attentions : tuple of AttentionInfo
+        What else `passes.round_keys` decided.
     """
 
     module: tvm.IRModule
@@ -91,6 +93,7 @@ class ImportedModel:
     ternary: Mapping[str, TernaryTensor] = field(default_factory=dict)
     onnx: OnnxGraph | None = None
     caches: tuple[CacheInfo, ...] = ()
+    attentions: tuple[AttentionInfo, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -250,6 +250,31 @@ class SizesInfo:
 
 
 @dataclass(frozen=True)
+class AttentionInfo:
+    """What an attention over a whole text, which keeps nothing, does with its keys.
+
+    Parameters
+    ----------
+    name : str
+        ``attention.3``, counted from 0 in the order of computing.
+    mode : str
+        ``full``, ``ternary-keys`` or ``adaptive``.
+    key_planes : int
+        Ternary planes of the keys older than the window.
+    window : int or None
+        Last keys that stay in float; None: all.
+    reason : str or None
+        Why it is as it is, where that was decided and not asked for.
+    """
+
+    name: str
+    mode: str
+    key_planes: int
+    window: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class CacheInfo:
     """Keys and values of one attention that the library keeps from run to run, in arrays that a runtime gives it.
 
@@ -316,6 +341,7 @@ class Manifest:
     kernels: tuple[KernelInfo, ...] = ()
     graph: bool = False
     caches: tuple[CacheInfo, ...] = ()
+    attentions: tuple[AttentionInfo, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the document as plain dictionaries, lists and scalars."""
@@ -382,4 +408,5 @@ def _manifest(reader: Reader, body: dict[str, Any]) -> Manifest:
         kernels=reader.many(KernelInfo, body, "kernels"),
         graph=reader.value(bool, body, "graph"),
         caches=reader.many(CacheInfo, body, "caches"),
+        attentions=reader.many(AttentionInfo, body, "attentions"),
     )

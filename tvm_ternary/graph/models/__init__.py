@@ -34,12 +34,12 @@ DECODERS = frozenset(("bitnet", "gpt2", "llama", "mistral", "qwen2", "qwen3"))
 
 
 def find_architecture(config: Mapping[str, Any], where: str, *, past: bool = False) -> Build:
-    """The builder for a configuration; ``past`` says that the model is to have keys and values of the past.
+    """The builder for a configuration; ``past`` says that a decoder is to have keys and values of the past.
 
     Raises
     ------
     ModelError
-        If it names no architecture, or one that no file here builds; lists those that are. Or if it has no past.
+        If it names no architecture, or one that no file here builds; lists those that are.
     """
     name = config.get("model_type")
     known = ", ".join(sorted(ARCHITECTURES))
@@ -48,9 +48,4 @@ def find_architecture(config: Mapping[str, Any], where: str, *, past: bool = Fal
     if name not in ARCHITECTURES:
         hint = f"known are {known}; any other model compiles from an ONNX export"
         raise ModelError(where, f"architecture {name!r} is not known", hint)
-    if not past:
-        return ARCHITECTURES[name]
-    if name not in DECODERS:
-        problem = f"architecture {name!r} sees a whole text at once, and has no keys and values of the past"
-        raise ModelError(where, problem, "compile with --attention full")
-    return partial(ARCHITECTURES[name], past=True)
+    return partial(ARCHITECTURES[name], past=True) if past and name in DECODERS else ARCHITECTURES[name]

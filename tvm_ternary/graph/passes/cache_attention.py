@@ -53,6 +53,7 @@ class CacheChoice:
     reason: str | None = None
 
 
+NO_PAST = "has no past keys and values as inputs"
 PAST, KEPT = "past_length", "kept_tokens"
 
 
@@ -102,6 +103,11 @@ def cache_attention(model: ImportedModel, chosen: Mapping[str, CacheChoice], sch
     return _Cached(model, matches, chosen, schedule).run(next(iter(pasts.values())))
 
 
+def named_attentions(model: ImportedModel) -> dict[str, Match]:
+    """All attentions by the names of `find_caches`."""
+    return {name: match for name, (match, _) in _named(model).items()}
+
+
 def without_past(model: ImportedModel) -> ImportedModel:
     """The same model for a whole text at once: nothing is past, and no keys and values go in or out.
 
@@ -132,7 +138,7 @@ def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
 def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str | None:
     """Why keys and values of an attention cannot be kept inside."""
     if not match.joined:
-        return "has no past keys and values as inputs"
+        return NO_PAST
     pasts = match.parts[0], match.parts[2]
     for past in pasts:
         if past.value not in inputs:

@@ -51,7 +51,7 @@ _ROUND = 12582912.0
 
 
 @dataclass(frozen=True)
-class _Operands(Operands):
+class PackedOperands(Operands):
     """Keys apart: ``packed`` blocks of them, and behind those ``latest`` in float."""
 
     packed: Expr
@@ -68,7 +68,7 @@ class _Operands(Operands):
 class ManyPacked(Many):
     """A tile of queries over packed blocks, then over the last keys."""
 
-    def __init__(self, on: _Operands, cache: Cache, dot: ByteDot, tile: Tile, extremes: Extremes | None) -> None:
+    def __init__(self, on: PackedOperands, cache: Cache, dot: ByteDot, tile: Tile, extremes: Extremes | None) -> None:
         super().__init__(on, tile, extremes)
         self.packed_on, self.cache, self.dot = on, cache, dot
         self.fields = digits(cache.packed.key_planes)
@@ -259,13 +259,18 @@ def attention_prefill(shape: Attention, packed: Packed, lengths: tuple[int | Non
         Var(name, "int64") if given is None else index(given) for name, given in zip(names, lengths, strict=True)
     )
     keys = Analyzer().simplify(blocks * BLOCK + latest)
-    on = _Operands(shape, simd, batch, queries, index(0), keys, blocks, latest)
+    on = PackedOperands(shape, simd, batch, queries, index(0), keys, blocks, latest)
     cache, dot = Cache(shape, packed, batch, blocks), packed.dot
-    known = static(queries)
+    return over_packed(on, cache, dot)
+
+
+def over_packed(on: PackedOperands, cache: Cache, dot: ByteDot) -> PrimFunc:
+    """The function of `attention_prefill` for these operands."""
+    shape, known = on.shape, static(on.queries)
     # A tile is made of whole vectors of both kinds.
     vectors = max(1 if known is not None and known <= on.lanes else 2, dot.lanes // on.lanes)
     width = vectors * on.lanes
-    work = keys * (width * (shape.size + 4 * shape.value_size) // 16)
+    work = on.keys * (width * (shape.size + 4 * shape.value_size) // 16)
     body = over_tiles(on, vectors, work, lambda tile, extremes: ManyPacked(on, cache, dot, tile, extremes).write())
     masks = [on.mask] if shape.mask else []
     function = PrimFunc([on.q, *cache.keys, cache.key_scale, on.k, on.v, *masks, on.out], scope("root", body))

@@ -1,0 +1,106 @@
+"""Attention over a whole text with ternary keys: they are packed in the run, and multiplied packed.
+
+Before, however it is spelled (`find_attention`)::
+
+    y = attention(q, k, v, mask)
+
+After::
+
+    words, scale = pack_keys(k)
+    y = rounded_attention(q, words, scale, k, v, mask)
+
+The last keys stay in float, and values do: nothing is kept, so ternary values would save no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvm_ternary.graph.importer import ImportedModel
+from tvm_ternary.graph.passes.cache_attention import CacheChoice, named_attentions
+from tvm_ternary.graph.passes.dataflow import with_main
+from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
+from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.runtime.manifest import AttentionInfo
+from tvm_ternary.schedule.cpu.attention.rounded import words_of
+
+Schedule = Callable[[Attention, int, int, tuple[int | None, ...]], tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc]]
+"""Gives what packs and what attends, for planes and a window, and batch, queries and keys."""
+
+
+def round_keys(model: ImportedModel, chosen: Mapping[str, CacheChoice], schedule: Schedule) -> ImportedModel:
+    """Apply the change to the attentions that are named.
+
+    Parameters
+    ----------
+    model : ImportedModel
+    chosen : mapping of str to CacheChoice
+        By the names of `named_attentions`.
+    schedule : callable
+        Gives the scheduled functions.
+
+    Returns
+    -------
+    ImportedModel
+        ``attentions`` says what became of them.
+    """
+    matches = {name: match for name, match in named_attentions(model).items() if name in chosen}
+    infos = tuple(
+        AttentionInfo(name, chosen[name].mode, chosen[name].key_planes, chosen[name].window, chosen[name].reason)
+        for name in matches
+    )
+    rounded = {name: match for name, match in matches.items() if chosen[name].window is not None}
+    if not rounded:
+        return replace(model, attentions=infos)
+    module = relax.transform.DeadCodeElimination()(_Rewriter(model.module, rounded, chosen, schedule).run())
+    return replace(model, module=module, attentions=infos)
+
+
+@relax.expr_functor.mutator
+class _Rewriter(relax.PyExprMutator):
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        matches: Mapping[str, Match],
+        chosen: Mapping[str, CacheChoice],
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(module)
+        self.main, self.matches, self.chosen, self.schedule = module["main"], matches, chosen, schedule
+        self.names = {match.result: name for name, match in matches.items()}
+        self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar]] = {}
+
+    def run(self) -> tvm.IRModule:
+        return with_main(self.builder_, self.visit_expr(self.main))
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        name = self.names.get(binding.var)
+        if name is None:
+            super().visit_var_binding_(binding)
+        else:
+            self.set_var_remap(binding.var, self.builder_.emit(self._call(self.matches[name], self.chosen[name])))
+
+    def _call(self, match: Match, choice: CacheChoice) -> relax.Expr:
+        masks, axes = add_masks(self.builder_, match, self.visit_expr)
+        shape = replace(match.shape(axes), joined=False)
+        batch, queries, keys = match.query.extents["b"], match.query.extents["l"], match.key.extents["l"]
+        assert choice.window is not None
+        key = shape, choice.key_planes, choice.window, tuple(map(known_extent, (batch, queries, keys)))
+        if key not in self.functions:
+            pack, attend = self.schedule(*key)
+            add = self.builder_.add_func
+            self.functions[key] = add(pack, "pack_keys"), add(attend, "rounded_attention")
+        pack, attend = self.functions[key]
+        q, k, v = (self.visit_expr(one.value) for one in (match.query, match.key, match.value))
+        outputs = words_of(shape, choice.key_planes, as_index(batch), as_index(keys))
+        packed = self.builder_.emit(
+            relax.call_tir(pack, [k], [relax.TensorType(extents, dtype) for extents, dtype in outputs])
+        )
+        words = [self.builder_.emit(relax.TupleGetItem(packed, n)) for n in range(len(outputs))]
+        return relax.call_tir(attend, [q, *words, k, v, *masks], match.result.ty)
