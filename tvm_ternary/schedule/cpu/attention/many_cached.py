@@ -4,8 +4,8 @@ A block of the sequence is brought together in float, from wherever it lies: its
 tokens of the tail and new ones. A tile of queries then multiplies it hundreds of times; what is done before is about a
 tenth of that. Nothing is rounded but what is packed.
 
-Blocks come from the last one to the first: with the scores of the last tokens at hand, what a large mask hides of the
-others is known to be nothing beside them, and not read.
+The block of the tile's own tokens comes first: where its queries see these, what a large mask hides of other blocks,
+before or behind, is known to be nothing beside them, and not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import BufferStore, IfThenElse, Stmt, Var
+from tvm.tirx import BufferStore, IfThenElse, Select, Stmt, Var
 
 from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.ternary_keys import BLOCK, Digits, digits
@@ -47,16 +47,23 @@ class ManyCached(Many):
         _, new = self.runs
         total = new.start + new.count
         blocks = tirx.floordiv(total + (BLOCK - 1), index(BLOCK))
+        own = tirx.floordiv(new.start + self.tile.first, index(BLOCK))
+
+        number = tirx.decl_buffer([index(1)], "int64", "number")
 
         def block(n: Expr) -> Stmt:
-            number = blocks - 1 - n
+            # Kept, for TVM takes very long over a choice in all the places that depend on it.
+            choose = BufferStore(number, Select(n < 1, own, Select(n <= own, n - 1, n)), [0])
+            return sequence(choose, attend(number[0]))
+
+        def attend(number: Expr) -> Stmt:
             first = number * BLOCK
             count = tirx.min(index(BLOCK), total - first)
             source = Run(self.k, self.v, "ld", "ld", first, count)
-            bring = IfThenElse(number < self.full, self._unpack(number), self._copy(first, count))
-            return self._block(source, first, count, sequence(bring, self._scores(source, first, count)))
+            together = IfThenElse(number < self.full, self._unpack(number), self._copy(first, count))
+            return self._block(source, first, count, sequence(together, self._scores(source, first, count)))
 
-        return loop(blocks, block, name="block")
+        return scope("blocks", loop(blocks, block, name="block"), [number])
 
     def _copy(self, first: Expr, count: Expr) -> Stmt:
         """Bring tokens together that lie in float."""
