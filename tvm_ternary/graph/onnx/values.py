@@ -72,6 +72,10 @@ class Symbols:
 Value: TypeAlias = "Constant | Symbols | relax.Expr"
 
 
+PLACED = "tvm_ternary.placed"
+"""Attribute of a function ``(past, new, starts)`` that puts new keys or values behind so many of the past ones."""
+
+
 def object_array(items: Sequence[Any] | Any, shape: Sequence[int] | None = None) -> np.ndarray:
     """Put numbers and expressions into an object array without numpy looking inside them.
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax import op as R
+from tvm.tirx.analysis import undefined_vars
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
@@ -97,7 +99,7 @@ def cache_attention(model: ImportedModel, chosen: Mapping[str, CacheChoice], sch
     matches = {name: match for name, (match, _) in _named(model).items() if name in chosen}
     if not matches:
         return model
-    pasts = {str(match.parts[0].extents["l"]): match.parts[0].extents["l"] for match in matches.values()}
+    pasts = {str(match.states[0].extents["l"]): match.states[0].extents["l"] for match in matches.values()}
     if len(pasts) > 1:
         raise OptionError("attention", f"has pasts of different lengths ({', '.join(pasts)}); expected one for all")
     return _Cached(model, matches, chosen, schedule).run(next(iter(pasts.values())))
@@ -116,10 +118,15 @@ def without_past(model: ImportedModel) -> ImportedModel:
     model : ImportedModel
         All of whose attentions `find_caches` gives without a reason.
     """
-    names, past = zip(*((name, match.parts[0].extents["l"]) for name, (match, _) in _named(model).items()), strict=True)
+    if any(match.starts is not None for match, _ in _named(model).values()):
+        problem = "cannot be measured where sequences have different lengths (GroupQueryAttention)"
+        raise OptionError("attention adaptive", problem, "choose ternary-keys-values and a number of planes")
+    names, past = zip(
+        *((name, match.states[0].extents["l"]) for name, (match, _) in _named(model).items()), strict=True
+    )
     # Bound while there are inputs that it is a dimension of.
     bound = relax.transform.BindSymbolicVars({past[0]: tvm.tirx.IntImm("int64", 0)}, "main")(model.module)
-    matches = dict(zip(names, find_attentions(bound["main"]).values(), strict=True))
+    matches = dict(zip(names, find_attentions(bound).values(), strict=True))
     return _Whole(replace(model, module=bound), matches).run(describe(past[0]))
 
 
@@ -128,18 +135,18 @@ def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
     flow = Dataflow(main)
     inputs = {var: spec.name for var, spec in zip(main.params, model.inputs, strict=False)}
     found: dict[str, tuple[Match, str | None]] = {}
-    for number, match in enumerate(find_attentions(main).values()):
+    for number, match in enumerate(find_attentions(model.module).values()):
         reason = _reason(match, flow, inputs)
-        past = match.parts[0].value if match.joined else None
+        past = match.states[0].value if match.states else None
         found[inputs.get(past, f"attention.{number}")] = (match, reason)
     return found
 
 
 def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str | None:
     """Why keys and values of an attention cannot be kept inside."""
-    if not match.joined:
+    if not match.states:
         return NO_PAST
-    pasts = match.parts[0], match.parts[2]
+    pasts = match.states[0], match.states[2]
     for past in pasts:
         if past.value not in inputs:
             return "has a past that is computed from an input"
@@ -157,7 +164,7 @@ class _WithoutStates(relax.PyExprMutator):
         super().__init__(model.module)
         self.model, self.main, self.matches = model, model.module["main"], matches
         self.count = int(self.main.attrs["num_input"])
-        pasts = {match.parts[n].value for match in matches.values() for n in (0, 2)}
+        pasts = {match.states[n].value for match in matches.values() for n in (0, 2)}
         self.specs = dict(zip(self.main.params, model.inputs, strict=False))
         self.inputs = {var: spec for var, spec in self.specs.items() if var not in pasts}
         self.gone = {one.value for match in matches.values() for one in (match.key, match.value)}
@@ -233,7 +240,12 @@ class _Cached(_WithoutStates):
 
         model = self.rewritten(more)
         _require_start(model.module, past)
-        return replace(model, caches=tuple(self.infos[name] for name in self.matches))
+        totals = {total for match in self.matches.values() for total in _totals(match, past)}
+        sums: dict[int | str, str] = {
+            total: f"{info.past} + {info.length}" for info in self.infos.values() for total in totals
+        }
+        inputs = (replace(spec, shape=tuple(sums.get(dim, dim) for dim in spec.shape)) for spec in model.inputs)
+        return replace(model, inputs=tuple(inputs), caches=tuple(self.infos[name] for name in self.matches))
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         if binding.var in self.names:
@@ -249,7 +261,7 @@ class _Cached(_WithoutStates):
         key = shape, choice.key_planes, choice.value_planes, (known_extent(batch), known_extent(length))
         if key not in self.functions:
             self.functions[key] = self.builder_.add_func(self.schedule(*key), "cached_attention")
-        past_key, new_key, past_value, new_value = (part.value for part in match.parts)
+        past_key, new_key, past_value, new_value = (part.value for part in match.states)
         self.infos[name] = CacheInfo(
             name=name,
             value=self.specs[past_value].name,
@@ -266,8 +278,18 @@ class _Cached(_WithoutStates):
         )
         self.arrays[name] = _parameters(len(self.arrays), cache, batch)
         operands = [self.visit_expr(one) for one in (match.query.value, new_key, new_value)]
-        arguments = [*operands, *masks, self.kept, *self.arrays[name]]
+        kept = self.kept
+        if match.starts is not None:
+            kept = self.builder_.emit(R.astype(self.visit_expr(match.starts), "int32"))
+        arguments = [*operands, *masks, kept, *self.arrays[name]]
         return relax.call_tir(self.functions[key], arguments, match.result.ty)
+
+
+def _totals(match: Match, past: Any) -> list[str]:
+    """The dimension that has to be the past and the new tokens, where a model does not say that it is."""
+    if match.starts is None:
+        return []
+    return [describe(dim) for dim in undefined_vars(match.key.extents["l"]) if not dim.same_as(past)]
 
 
 def _at_start(dim: int | str, past: str) -> int | str:

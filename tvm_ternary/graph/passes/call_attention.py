@@ -62,7 +62,7 @@ def call_attention(model: ImportedModel, function: str) -> tuple[ImportedModel, 
     """
     main = model.module["main"]
     inputs = {var: spec.name for var, spec in zip(main.params, model.inputs, strict=False)}
-    found = find_attentions(main)
+    found = find_attentions(model.module)
     if not found:
         return model, ()
     names = [_name(match, number, inputs) for number, match in enumerate(found.values())]

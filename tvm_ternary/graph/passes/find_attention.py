@@ -14,6 +14,7 @@ import tvm
 from tvm import relax
 from tvm_ffi import structural_equal
 
+from tvm_ternary.graph.onnx.values import PLACED
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of
 from tvm_ternary.kernels.attention import AXES, Attention
 
@@ -23,11 +24,15 @@ _HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor, and which of its dimensions is what, a letter of `AXES` each; the two parts it is joined of, if any."""
+    """A tensor, and which of its dimensions is what, a letter of `AXES` each; the two parts it is joined of, if any.
+
+    ``starts`` says for each sequence how many of the past ones the new ones stand behind, where that is not all.
+    """
 
     value: relax.Expr
     layout: str
     joined: tuple[relax.Expr, ...] = ()
+    starts: relax.Expr | None = None
 
     @property
     def extents(self) -> dict[str, Any]:
@@ -59,6 +64,8 @@ class Match:
         The result's.
     joined : bool
         Whether keys and values are joined of as many past and new ones.
+    starts : relax.Expr or None
+        Where new ones stand behind some of the past ones, how many of each sequence.
     """
 
     query: Operand
@@ -69,12 +76,16 @@ class Match:
     result: relax.Var
     layout: str
     joined: bool = False
+    starts: relax.Expr | None = None
 
     @property
     def parts(self) -> list[Operand]:
         """Keys and values; joined, the two parts of each."""
-        if not self.joined:
-            return [self.key, self.value]
+        return self.states if self.joined else [self.key, self.value]
+
+    @property
+    def states(self) -> list[Operand]:
+        """Past and new keys, past and new values; none where there is no past."""
         return [Operand(part, one.layout) for one in (self.key, self.value) for part in one.joined]
 
     def shape(self, mask: str) -> Attention:
@@ -95,18 +106,18 @@ class Match:
         )
 
 
-def find_attentions(main: relax.Function) -> dict[relax.Var, Match]:
-    """The attentions of a function, by the variables that hold their results.
+def find_attentions(module: tvm.IRModule) -> dict[relax.Var, Match]:
+    """The attentions of ``main``, by the variables that hold their results.
 
     Those whose heads or head sizes are not known, or that are no float32, are not among them.
     """
-    return _Finder(main).find()
+    return _Finder(module).find()
 
 
 class _Finder(Dataflow):
-    def __init__(self, main: relax.Function) -> None:
-        super().__init__(main)
-        self.returned = main.body.body
+    def __init__(self, module: tvm.IRModule) -> None:
+        super().__init__(module["main"])
+        self.module, self.returned = module, module["main"].body.body
 
     def find(self) -> dict[relax.Var, Match]:
         """The attentions, by the variables that hold their results."""
@@ -133,16 +144,16 @@ class _Finder(Dataflow):
             return None
         letters = AXES if len(dims) == 4 else AXES.replace("h", "")
         q, k = self.calls[scores.product].args
-        operands = (
-            self._query(q, letters, grouped=scores.grouped),
-            self._with_parts(self._operand(k, letters[:-2] + "dl")),
-            self._with_parts(self._operand(product.args[1], letters)),
-        )
+        query = self._query(q, letters, grouped=scores.grouped)
+        key = self._with_parts(self._operand(k, letters[:-2] + "dl"))
+        value = self._with_parts(self._operand(product.args[1], letters))
         result, layout = self._result(mixed, letters, grouped=scores.grouped)
-        if operands[0] is None or result is None:
+        if query is None or result is None:
             return None
-        joined = _same_parts(operands[1], operands[2])
-        match = Match(operands[0], operands[1], operands[2], scores, softmax, result, layout, joined)
+        if not _same_parts(key, value):
+            key, value = (replace(one, joined=(), starts=None) for one in (key, value))
+        joined = bool(key.joined) and key.starts is None
+        match = Match(query, key, value, scores, softmax, result, layout, joined, key.starts)
         return match if _is_attention(match, dims) else None
 
     def _scores(self, expr: relax.Expr, scores: Scores) -> Scores | None:
@@ -201,10 +212,16 @@ class _Finder(Dataflow):
 
     def _with_parts(self, operand: Operand) -> Operand:
         """With what is joined along the positions, for this attention and the caller alone."""
-        call = self.call_of(operand.value, "concat")
-        if call is None or len(call.args[0].fields) != 2 or int(call.attrs.axis) != operand.layout.index("l"):
-            return operand
         if len(self.readers[operand.value] - {self.returned}) != 1:
+            return operand
+        call = self.call_of(operand.value, "concat", "call_tir")
+        if call is None:
+            return operand
+        if call.op.name == "relax.call_tir":
+            past, new, *starts = call.args[1].fields
+            placed = (self.module[call.args[0]].attrs or {}).get(PLACED, False)
+            return replace(operand, joined=(past, new), starts=starts[0]) if placed else operand
+        if len(call.args[0].fields) != 2 or int(call.attrs.axis) != operand.layout.index("l"):
             return operand
         return replace(operand, joined=tuple(call.args[0].fields))
 
@@ -263,7 +280,7 @@ def _is_attention(match: Match, dims: list[Any]) -> bool:
 
 def _same_parts(key: Operand, value: Operand) -> bool:
     """Whether keys and values are joined of as many past and new ones."""
-    if not key.joined or not value.joined or key.value == value.value:
+    if not key.joined or not value.joined or key.value == value.value or key.starts != value.starts:
         return False
     parts = [*zip(key.joined, value.joined, strict=True)]
     lengths = [[dims_of(part) for part in pair] for pair in parts]

@@ -50,7 +50,7 @@ def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
     tvm.IRModule
         Attentions whose heads or head sizes are not known, or that are no float32, stay as they are.
     """
-    found = find_attentions(module["main"])
+    found = find_attentions(module)
     if not found:
         return module
     return relax.transform.DeadCodeElimination()(_Rewriter(module, found, schedule).run())

@@ -23,7 +23,7 @@ from tvm_ternary.graph.onnx.operators.contrib.attention import scale_of
 from tvm_ternary.graph.onnx.operators.contrib.rotary import table_rows
 from tvm_ternary.graph.onnx.operators.rotary_core import rotate
 from tvm_ternary.graph.onnx.operators.shaping import window
-from tvm_ternary.graph.onnx.values import Dim, as_expr, object_array, settle
+from tvm_ternary.graph.onnx.values import PLACED, Dim, as_expr, object_array, settle
 
 _REFUSED = {
     11: "head_sink",
@@ -64,7 +64,9 @@ def group_query_attention(emitter: Emitter, node: Node) -> list[relax.Expr | Non
         keys = emitter.algebra.maximum(total, emitter.known_shape(node.value(3), node)[2])
         starts = reshape(emitter, before, [batch])
         key, value = (
-            emitter.builder.emit_te(_placed, emitter.tensor(past, node), new, starts, as_expr(keys))
+            emitter.builder.emit_te(
+                _placed, emitter.tensor(past, node), new, starts, as_expr(keys), primfunc_attrs={PLACED: True}
+            )
             for past, new in ((node.value(3), key), (node.value(4), value))
         )
     keys = emitter.known_shape(key, node)[2]
