@@ -14,8 +14,8 @@ TINY = ("bench", "attention", "--shapes", "4/2x16", "--window", "64", "--threads
 
 def test_prints_tables_appends_lines_and_draws(tmp_path: Path) -> None:
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "a.svg"
-    options = ("--cached", "130,300", "--prompts", "33", "--schemes", "full,t2a8", "--peers", "ort-gqa,ort-mha")
-    result = cli(*TINY, *options, "--json", lines, "--plot", picture)
+    options = ("--cached", "130,300", "--prompts", "33", "--schemes", "full,t2a8", "--prompt-schemes", "t1a8")
+    result = cli(*TINY, *options, "--peers", "ort-gqa,ort-mha", "--json", lines, "--plot", picture)
     assert result.returncode == 0, result.stderr
     facts, table, left_out, memory = result.stdout.split("\n\n")
     assert facts.startswith("cpu  ")
@@ -26,14 +26,14 @@ def test_prints_tables_appends_lines_and_draws(tmp_path: Path) -> None:
     assert "has no cache that it does not copy" in left_out
     assert [line.split("  ")[0] for line in memory.splitlines()[2:]] == [
         "float32",
-        "bfloat16",
+        "float16",
         *("1 plane", "2 planes", "3 planes"),
     ]
     rows = list(map(json.loads, lines.read_text().splitlines()))
     assert [(row["case"]["keys"], row["case"]["causal"], row["scheme"]) for row in rows] == [
         *((tokens, False, scheme) for tokens in (130, 300) for scheme in ("full", "t2a8")),
-        (33, True, "full"),
-        (33, False, "full"),
+        (33, True, "t1a8"),
+        (33, False, "t1a8"),
     ]
     for row in rows:
         assert row["benchmark"] == "attention"
@@ -58,6 +58,7 @@ def test_several_threads_without_peers() -> None:
         (("--shapes", "4"), "shapes: got '4'; expected HEADS/KVxSIZE"),
         (("--shapes", "3/2x64"), "shapes: got '3/2x64'; expected numbers from 1, the second a divisor of the first"),
         (("--schemes", "full,t9a8"), "scheme 't9a8': unknown; expected full or t{1-3}a{8|32}"),
+        (("--prompt-schemes", "t2a32"), "prompt scheme t2a32: queries of a prompt are rounded where keys are"),
         (("--cached", "x"), "--cached: N is 'x'"),
         (("--cached", "100"), "cached: is 100; of up to 127 tokens none is packed"),
         (("--prompts", "1"), "prompts: is 1; expected at least 2 tokens"),

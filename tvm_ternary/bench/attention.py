@@ -150,6 +150,7 @@ def measure_attention(
     cases: Sequence[Case],
     schemes: Sequence[CacheScheme],
     *,
+    prompt_schemes: Sequence[CacheScheme] = (CacheScheme(),),
     peers: Sequence[str] = (),
     window: int = 128,
     threads: int = 1,
@@ -163,7 +164,9 @@ def measure_attention(
     cases : sequence of Case
         As `cases_of` gives them.
     schemes : sequence of CacheScheme
-        Of steps; keys and values of a prompt are float32.
+        Of steps.
+    prompt_schemes : sequence of CacheScheme
+        Of a prompt's keys, which are packed in every call; its values are float32.
     peers : sequence of str
         Keys of `tvm_ternary.bench.attention_peers.ATTENTION_PEERS`.
     window : int
@@ -196,7 +199,7 @@ def measure_attention(
     roofline, engines = Roofline(resolved, threads), Engines(resolved, window)
     for case in cases:
         operands = Operands(case)
-        own = engines.make(operands, schemes if case.step else [CacheScheme()])
+        own = engines.make(operands, schemes if case.step else prompt_schemes)
         names, refusals = peers_for(case, peers)
         others = [compute.call(ATTENTION_PEERS[name].make, name, operands, threads) for name in names]
         errors = {one.name: compute.call(one.check, case) for one in (*own.values(), *others)}
@@ -213,15 +216,22 @@ def measure_attention(
                 error=errors[engine.name],
                 loss=relative_error(engine.want, operands.exact),
                 bytes=engine.bytes,
-                token_bytes=scheme.token_bytes(case.shape),
-                cache_bytes=scheme.cache_bytes(case.shape, case.keys, window),
+                token_bytes=scheme.token_bytes(case.shape, values=case.step),
+                cache_bytes=scheme.cache_bytes(case.shape, case.keys, window, values=case.step),
                 bandwidth=roofline.bandwidth(engine.bytes),
-                peak=roofline.int8_peak if scheme.bits == 8 else roofline.float32_peak,
+                peak=_peak(roofline, case, scheme),
                 peers={name: spread[name] for name in names},
                 ratios={name: turn_ratio(samples[name], samples[engine.name]) for name in names},
                 peer_errors={name: errors[name] for name in names},
                 left_out=refusals,
             )
+
+
+def _peak(roofline: Roofline, case: Case, scheme: CacheScheme) -> float:
+    """Of both products: a prompt's values are float32 in any case."""
+    if scheme.bits != 8:
+        return roofline.float32_peak
+    return roofline.int8_peak if case.step else 2 / (1 / roofline.int8_peak + 1 / roofline.float32_peak)
 
 
 def _time(engines: Sequence[AttentionEngine], compute: ComputeThread, turns: int) -> dict[str, list[list[float]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, bytes_a_token, dequantize_block, pack, quantize_block
 from tvm_ternary.schedule.cpu.attention import attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
+from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
+from tvm_ternary.schedule.cpu.nest import index
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
 from tvm_ternary.target import Target
 
@@ -29,11 +31,14 @@ FULL = "full"
 # Of Gaussian operands, queries and weights rounded to int8, too.
 _INT8_BOUND = 3e-2
 _FLOAT_BYTES = 4
+_ROUNDED_BITS = 8
 
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """How a cache holds keys and values: ``full``, or ``t2a8`` for two planes and queries rounded to 8 bits.
+    """How keys and values are held: ``full``, or ``t2a8`` for two planes and queries rounded to 8 bits.
+
+    A step's cache holds both so, a prompt only keys.
 
     Attributes
     ----------
@@ -62,18 +67,33 @@ class CacheScheme:
             raise OptionError(f"scheme {text!r}", "unknown; expected full or t{1-3}a{8|32}", "for example full,t2a8")
         return cls(int(match[1]), int(match[2]))
 
+    def check_prompt(self) -> None:
+        """Refuse what a prompt's keys cannot be.
+
+        Raises
+        ------
+        OptionError
+            If they are ternary and queries are not rounded.
+        """
+        if self.planes and self.bits != _ROUNDED_BITS:
+            problem = "queries of a prompt are rounded where keys are; expected full or t{1-3}a8"
+            raise OptionError(f"prompt scheme {self}", problem, "for example full,t2a8")
+
     def __str__(self) -> str:
         return f"t{self.planes}a{self.bits}" if self.planes else FULL
 
-    def token_bytes(self, shape: HeadShape) -> float:
-        """Bytes of a token's keys and values of all heads, where it is packed."""
-        one = bytes_a_token(shape.size, shape.size, self.planes) if self.planes else 2 * _FLOAT_BYTES * shape.size
-        return shape.kv_heads * one
+    def token_bytes(self, shape: HeadShape, *, values: bool = True) -> float:
+        """Bytes of a packed token's keys and values of all heads; ``values`` says whether these are packed, too."""
+        in_float = _FLOAT_BYTES * shape.size
+        if not self.planes:
+            return shape.kv_heads * 2 * in_float
+        both, of_values = (bytes_a_token(size, shape.size, self.planes) for size in (shape.size, 0))
+        return shape.kv_heads * (both if values else both - of_values + in_float)
 
-    def cache_bytes(self, shape: HeadShape, tokens: int, window: int) -> float:
+    def cache_bytes(self, shape: HeadShape, tokens: int, window: int, *, values: bool = True) -> float:
         """Bytes of a layer's cache: packed blocks, and the last tokens in float32."""
         packed = BLOCK * blocks_of(tokens, window) if self.planes else 0
-        return packed * self.token_bytes(shape) + (tokens - packed) * CacheScheme().token_bytes(shape)
+        return packed * self.token_bytes(shape, values=values) + (tokens - packed) * CacheScheme().token_bytes(shape)
 
 
 def blocks_of(tokens: int, window: int) -> int:
@@ -106,6 +126,8 @@ class Engines:
 
     def make(self, operands: Operands, schemes: Sequence[CacheScheme]) -> dict[CacheScheme, AttentionEngine]:
         """An engine for each scheme."""
+        if not operands.case.step:
+            return {one: self._prompt(operands, one) if one.planes else self._full(operands) for one in schemes}
         blocks = {p: self._quantized(operands, p) for p in sorted({one.planes for one in schemes}) if p}
         return {
             one: self._step(operands, one, blocks[one.planes]) if one.planes else self._full(operands)
@@ -137,6 +159,36 @@ class Engines:
         inputs = [operands.q, *blocks.arrays, *latest, *counts]
         return _engine(str(scheme), self._kernels[shape, scheme], inputs, blocks.want, bound)
 
+    def _prompt(self, operands: Operands, scheme: CacheScheme) -> AttentionEngine:
+        """Keys are packed in every call, but for the last ones; values stay float32."""
+        scheme.check_prompt()
+        case, planes = operands.case, scheme.planes
+        shape = _attention(case.shape, "blhd", "ms" if case.causal else "")
+        if (shape, scheme) not in self._kernels:
+            ways = shape, Packed(planes, planes, BYTE_DOTS[self._target.tier]), self._window
+            self._kernels[shape, scheme] = (
+                build_kernel(partial(pack_keys, *ways, (1, None)), self._target),
+                build_kernel(partial(rounded_attention, *ways, (1, None, None)), self._target),
+            )
+        pack_them, attend = self._kernels[shape, scheme]
+        room = words_of(shape, planes, index(1), index(case.keys))
+        blocks = [aligned(tuple(int(size) for size in extents), dtype) for extents, dtype in room]
+        stands_for = rounded(operands.by_head[0], planes, -2, blocks_of(case.keys, self._window))
+        masks = [_causal_mask(case)] if case.causal else []
+        inputs = [operands.q, *blocks, operands.k, operands.v, *masks]
+        want = operands.attend(stands_for, operands.by_head[1])
+        engine = _engine(str(scheme), attend, inputs, want, _INT8_BOUND)
+        keys = [tvm_ffi.from_dlpack(array) for array in (operands.k, *blocks)]
+
+        def call() -> Floats:
+            pack_them(*keys)
+            out: Floats = engine.call()
+            return out
+
+        # Keys are read once more, and blocks written before they are read.
+        moved = engine.bytes + operands.k.nbytes + sum(array.nbytes for array in blocks)
+        return replace(engine, call=call, bytes=moved)
+
     def _quantized(self, operands: Operands, planes: int) -> _Blocks:
         """Quantize and pack all but the last tokens."""
         case = operands.case
@@ -150,9 +202,15 @@ class Engines:
         for one, axis in zip(operands.by_head, (-2, -1), strict=True):
             codes, scale = quantize_block(one[:, :, : full * BLOCK].reshape(blocked), planes, axis)
             arrays += [*pack(codes if axis == -2 else codes.swapaxes(-1, -2), planes), scale]
-            stands_for = dequantize_block(codes, scale, axis).reshape(1, case.shape.kv_heads, -1, case.shape.size)
-            meant.append(np.concatenate([stands_for, one[:, :, full * BLOCK :]], 2))
+            meant.append(rounded(one, planes, axis, full))
         return _Blocks([aligned_copy(array) for array in arrays], operands.attend(*meant))
+
+
+def rounded(one: Floats, planes: int, axis: int, blocks: int) -> Exact:
+    """Keys (``axis`` -2) or values (-1), by head and token, with so many blocks as they are once packed."""
+    parts = one[:, :, : blocks * BLOCK].reshape(*one.shape[:2], blocks, BLOCK, one.shape[-1])
+    stands_for = dequantize_block(*quantize_block(parts, planes, axis), axis)
+    return np.concatenate([stands_for.reshape(*one.shape[:2], -1, one.shape[-1]), one[:, :, blocks * BLOCK :]], 2)
 
 
 def _float_bound(case: Case) -> float:

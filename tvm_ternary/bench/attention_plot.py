@@ -1,4 +1,4 @@
-"""Attention as a picture: time and memory against the length of the cache, what is lost against its planes."""
+"""Attention as a picture: time and memory against the length of a cache, what is lost against its planes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tvm_ternary.analysis.pictures import require_format, save_figure
 from tvm_ternary.bench.attention import AttentionMeasurement
 from tvm_ternary.bench.attention_peers import ATTENTION_PEERS
+from tvm_ternary.bench.attention_planes import planes_losses
 from tvm_ternary.errors import OptionError
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ Lines = dict[str, dict[int, float]]
 
 
 def plot_attention(measurements: Iterable[AttentionMeasurement], cpu: str, path: Path) -> None:
-    """Draw the steps: a row of three panels for each shape and number of threads.
+    """Draw the steps: a row of panels for each shape and number of threads.
+
+    The last panel is not of what was measured but of `planes_losses`.
 
     Parameters
     ----------
@@ -57,12 +60,14 @@ def plot_attention(measurements: Iterable[AttentionMeasurement], cpu: str, path:
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"font.size": 8}):
-        size = (3 * _PANEL[0], len(groups) * _PANEL[1])
-        figure, axes = plt.subplots(len(groups), 3, figsize=size, squeeze=False, layout="constrained")
+        size = (4 * _PANEL[0], len(groups) * _PANEL[1])
+        figure, axes = plt.subplots(len(groups), 4, figsize=size, squeeze=False, layout="constrained")
         for row, ((shape, threads), group) in zip(axes, groups.items(), strict=True):
             _draw(row[0], _times(group), "cached tokens", "ms a step")
             _draw(row[1], _sizes(group), "cached tokens", "MiB of keys and values, a layer")
             _draw(row[2], _losses(group), "planes", "relative error by quantizing", power=False)
+            made_up = planes_losses(group[0].case.shape)
+            _draw(row[3], made_up, "planes", "relative error, made-up keys", power=False)
             row[0].set_title(f"{shape}, {threads} thread{'' if threads == 1 else 's'}")
         figure.suptitle(f"{cpu}: attention of one token over a cache")
         save_figure(figure, path, "attention")

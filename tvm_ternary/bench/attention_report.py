@@ -1,13 +1,11 @@
-"""Measurements of attention as tables of text, and what caches of a whole model take."""
+"""Measurements of attention as tables of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tvm_ternary.analysis.report import Table, format_bytes
+from tvm_ternary.analysis.report import Table
 from tvm_ternary.bench.attention import AttentionMeasurement
-from tvm_ternary.bench.attention_case import HeadShape
-from tvm_ternary.bench.attention_engines import CacheScheme
 from tvm_ternary.bench.attention_peers import ATTENTION_PEERS
 
 _COLUMNS = (
@@ -15,11 +13,6 @@ _COLUMNS = (
     *("GB/s", "Gop/s", "reached", "error", "loss", "B/token"),
 )
 _WORDS = {0, 1, 4}
-MODEL = HeadShape(32, 8, 128)
-"""The heads of the model in `memory_table`, those of LLaMA 3 8B."""
-LAYERS = 32
-TOKENS = 32768
-_BFLOAT_SHARE = 0.5
 
 
 def attention_table(measurements: Sequence[AttentionMeasurement]) -> Table:
@@ -38,30 +31,6 @@ def refusals_table(measurements: Sequence[AttentionMeasurement]) -> Table | None
         for name, why in one.left_out.items()
     }
     return Table(("left out", "heads", "of a", "because it"), tuple(found)) if found else None
-
-
-def memory_table(window: int) -> Table:
-    """What the keys and values of a whole model take: `TOKENS` of `LAYERS` layers with the heads of `MODEL`."""
-    float32 = CacheScheme()
-    base = LAYERS * float32.cache_bytes(MODEL, TOKENS, window)
-    rows = [("float32", LAYERS * float32.token_bytes(MODEL), base)]
-    rows += [("bfloat16", LAYERS * float32.token_bytes(MODEL) * _BFLOAT_SHARE, base * _BFLOAT_SHARE)]
-    for planes in (1, 2, 3):
-        scheme = CacheScheme(planes)
-        size = LAYERS * scheme.cache_bytes(MODEL, TOKENS, window)
-        rows.append((f"{planes} plane{'s' if planes > 1 else ''}", LAYERS * scheme.token_bytes(MODEL), size))
-    columns = ("keys and values", "B/token", f"{TOKENS} tokens", "of float32", "of bfloat16")
-    cells = tuple(
-        (
-            name,
-            f"{token:.0f}",
-            format_bytes(round(size)),
-            f"1/{base / size:.1f}",
-            f"1/{base * _BFLOAT_SHARE / size:.1f}",
-        )
-        for name, token, size in rows
-    )
-    return Table(columns, cells, frozenset({1, 2, 3, 4}))
 
 
 def _cells(one: AttentionMeasurement, peers: Sequence[str]) -> tuple[str, ...]:

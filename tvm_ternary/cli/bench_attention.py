@@ -14,7 +14,7 @@ token over a cache, keys and values in float32 (full) or ternary, and prompts, c
 keys that are made ternary on the way. 'error' is relative, against float64 on what the keys and values stand for;
 'loss' is what quantizing random ones changes. 'reached' is the time that reading or multiplying takes at least on this
 machine, over ours. A ratio is the median over the turns of a peer's time over ours: above 1 we are faster. The last
-table is what the cache of a model takes: counted, and measured in a process of its own.
+table is what the cache of a model takes, with a window of 64 tokens: counted, and measured for one layer.
 """
 _EXAMPLES = """\
   tvm-ternary bench attention
@@ -45,7 +45,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--peers", metavar="auto|none|NAME,...", default="auto", help="auto: those that are here")
     parser.add_argument("--target", metavar="NAME", default="native", help="one that this host can run")
     parser.add_argument("--json", metavar="FILE", help="append a line of JSON for each row")
-    plot = "draw time, memory and loss of the steps: .png, .svg"
+    plot = "draw time, memory and loss of the steps, and losses on made-up keys by planes: .png, .svg"
     parser.add_argument("--plot", metavar="FILE", action="append", default=[], help=plot)
     parser.set_defaults(run=run)
 
@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
     from tvm_ternary.bench.attention import AttentionMeasurement, cases_of, measure_attention
     from tvm_ternary.bench.attention_case import HeadShape
     from tvm_ternary.bench.attention_engines import CacheScheme
+    from tvm_ternary.bench.attention_memory import memory_table
     from tvm_ternary.bench.attention_peers import ATTENTION_PEERS
     from tvm_ternary.bench.attention_plot import plot_attention
-    from tvm_ternary.bench.attention_report import attention_table, memory_table, refusals_table
+    from tvm_ternary.bench.attention_report import attention_table, refusals_table
     from tvm_ternary.bench.lines import append_line
     from tvm_ternary.bench.machine import machine_facts
     from tvm_ternary.bench.peers import absent_peers, choose_peers
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     schemes, of_prompts = (
         list(dict.fromkeys(map(CacheScheme.parse, names.split(",")))) for names in (args.schemes, args.prompt_schemes)
     )
+    for scheme in of_prompts:
+        scheme.check_prompt()
     cases = list(cases_of(shapes, cached, prompts, window=args.window))
     peers, target = choose_peers(args.peers, ATTENTION_PEERS), resolve(args.target)
     pictures, lines = [Path(text) for text in args.plot], args.json and Path(args.json)
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     absent = absent_peers(ATTENTION_PEERS) if args.peers == "auto" else {}
     left_out = refusals_table(measured)
     tables = [machine_table(facts, max(threads), target.name, absent), attention_table(measured)]
-    print_tables([*tables, *([] if left_out is None else [left_out]), memory_table(args.window)])
+    print_tables([*tables, *([] if left_out is None else [left_out]), memory_table()])
     for path in pictures:
         plot_attention(measured, facts["cpu"], path)
     return 0
