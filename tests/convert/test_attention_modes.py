@@ -23,7 +23,10 @@ def decoder() -> ImportedModel:
 
 def choose(model: ImportedModel, modes: Any, **options: Any) -> dict[str, tuple[Any, ...]]:
     choices = choose_caches(model, read_modes(modes), (2, 1), 64, **options)
-    return {name: (c.mode, c.key_planes, c.value_planes, c.window) for name, c in choices.items()}
+    return {
+        name: tuple((c.heads, c.mode, c.key_planes, c.value_planes, c.window) for c in of_heads)
+        for name, of_heads in choices.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -66,11 +69,16 @@ def test_planes_that_are_none(given: Any) -> None:
 
 def test_choices(decoder: ImportedModel) -> None:
     assert choose(decoder, None) == choose(decoder, "full") == {}
-    both = ("ternary-keys-values", 2, 1, 64)
+    both = ((4, "ternary-keys-values", 2, 1, 64),)
     assert choose(decoder, "ternary-keys-values") == dict.fromkeys(NAMES, both)
     # One that keeps its past inside, and so all do.
-    assert choose(decoder, "past.1=ternary-keys-values") == {NAMES[0]: ("full", 1, 1, None), NAMES[1]: both}
-    assert choose(decoder, "ternary-keys") == dict.fromkeys(NAMES, ("ternary-keys", 2, 0, 64))
+    assert choose(decoder, "past.1=ternary-keys-values") == {NAMES[0]: ((4, "full", 1, 1, None),), NAMES[1]: both}
+    assert choose(decoder, "ternary-keys") == dict.fromkeys(NAMES, ((4, "ternary-keys", 2, 0, 64),))
+    assert choose(decoder, ["0.key#[12]=full", "ternary-keys"])[NAMES[0]] == (
+        (1, "ternary-keys", 2, 0, 64),
+        (2, "full", 1, 1, None),
+        (1, "ternary-keys", 2, 0, 64),
+    )
 
 
 def test_adaptive_takes_the_fewest_planes_that_are_good_enough(decoder: ImportedModel) -> None:
@@ -80,14 +88,16 @@ def test_adaptive_takes_the_fewest_planes_that_are_good_enough(decoder: Imported
         assert values
         measured.append(model)
         good, bad = {1: 0.3, 2: 0.1, 3: 0.05}, {1: 0.9, 2: 0.8, 3: 0.7}
-        return {"attention.0": {0: good, 1: {**good, 2: 0.15}}, "attention.1": {0: good, 1: bad}}
+        return {
+            "attention.0": {0: good, 1: {**good, 2: 0.15}, 2: good, 3: good},
+            "attention.1": {0: good, 1: bad, 2: bad, 3: {**good, 1: 0.1}},
+        }
 
     choices = choose_caches(decoder, read_modes("adaptive"), (2, 2), 64, measure, 0.2)
-    assert [(c.key_planes, c.window) for c in choices.values()] == [(2, 64), (1, None)]
-    assert choices[NAMES[0]].reason == (
-        "2 planes: the fewest that keep every head within 0.2 (largest errors 1: 0.300, 2: 0.150, 3: 0.050)"
-    )
-    assert str(choices[NAMES[1]].reason).startswith("float: no number of planes keeps every head within 0.2")
+    found = [[(c.heads, c.key_planes, c.window) for c in of_heads] for of_heads in choices.values()]
+    assert found == [[(4, 2, 64)], [(1, 2, 64), (2, 1, None), (1, 1, 64)]]
+    assert choices[NAMES[0]][0].reason == "errors with 1, 2, 3 planes: 0.300, 0.150, 0.050; at most 0.2"
+    assert choices[NAMES[1]][1].reason == "errors with 1, 2, 3 planes: 0.900, 0.800, 0.700; at most 0.2"
     # Errors are those of whole texts: there is no past.
     assert [str(spec) for spec in measured[0].inputs] == ["input_ids: int64[batch, length]"]
     assert [str(spec) for spec in measured[0].outputs] == ["logits: float32[batch, length, 50]"]
@@ -110,7 +120,7 @@ def test_a_model_of_whole_texts_keeps_nothing() -> None:
     message = "attention attention.0: cannot be ternary-keys-values: it has no past.*choose ternary-keys, or export"
     with pytest.raises(OptionError, match=message):
         choose(model, "ternary-keys-values")
-    keys = ("ternary-keys", 2, 0, 64)
+    keys = ((1, "ternary-keys", 2, 0, 64),)
     assert choose(model, "ternary-keys") == {"attention.0": keys, "attention.1": keys}
 
 

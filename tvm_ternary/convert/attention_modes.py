@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import tvm
@@ -11,7 +13,15 @@ import tvm
 from tvm_ternary.convert.attention import Errors, choose_planes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.cache_attention import NO_PAST, CacheChoice, cache_attention, find_caches, without_past
+from tvm_ternary.graph.passes.cache_attention import (
+    NO_PAST,
+    CacheChoice,
+    Choices,
+    cache_attention,
+    find_caches,
+    named_attentions,
+    without_past,
+)
 from tvm_ternary.graph.passes.round_keys import round_keys
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import STEPS
@@ -28,6 +38,8 @@ MODES = (FULL, KEYS, KEYS_VALUES, ADAPTIVE)
 """What `AttentionMode` names: float; keys ternary; both; chosen for each attention by what it costs in accuracy."""
 
 
+HeadErrors = dict[int, dict[int, float]]
+"""Of an attention: head of keys -> planes -> relative error."""
 Measure = Callable[[ImportedModel, bool], Errors]
 """Gives the errors of a model of whole texts, of keys or of values too (`convert.attention.attention_errors`)."""
 
@@ -85,14 +97,14 @@ def choose_caches(
     window: int,
     measure: Measure | None = None,
     budget: float = 0.0,
-) -> dict[str, CacheChoice]:
+) -> dict[str, tuple[CacheChoice, ...]]:
     """What each attention is to keep.
 
     Parameters
     ----------
     model : ImportedModel
     modes : mapping of str to str
-        As `read_modes` gives them.
+        As `read_modes` gives them. A pattern is searched in ``NAME#HEAD``, where ``HEAD`` is one of keys and values.
     planes : (int, int)
         Of keys and values, where they are not chosen by their errors.
     window : int
@@ -104,9 +116,9 @@ def choose_caches(
 
     Returns
     -------
-    dict of str to CacheChoice
-        Empty where all stay as they are. As soon as one attention is not ``full``, all that have a past keep it inside:
-        those that are keep it in float.
+    dict of str to tuple of CacheChoice
+        One for all heads, or one for each run of them. Empty where all stay as they are. As soon as one attention is
+        not ``full``, all that have a past keep it inside: those that are keep it in float.
 
     Raises
     ------
@@ -121,19 +133,35 @@ def choose_caches(
     found = find_caches(model)
     if not found:
         raise OptionError("attention", f"{model.name} has none that is known as such", "compile with --attention full")
-    wanted = {name: _mode_of(name, modes) for name in found}
+    kept = any(reason is None for reason in found.values())
+    counts = {name: match.shape("").kv_heads if kept else 1 for name, match in named_attentions(model).items()}
+    heads = {name: [f"{name}#{head}" for head in range(count)] for name, count in counts.items()}
     for pattern in modes:
-        if not any(re.search(pattern, name) for name in found):
+        if not any(re.search(pattern, head) for names in heads.values() for head in names):
             raise OptionError(f"attention {pattern!r}", "matches none", f"there are {', '.join(found)}")
-    kept = _require_possible(wanted, found)
+    wanted = {name: [_mode_of(head, modes) for head in names] for name, names in heads.items()}
+    _require_possible(wanted, found, kept)
     errors = _errors(model, wanted, kept, measure)
-    return {
-        name: _measured(errors[name], window, budget, kept) if mode == ADAPTIVE else _asked(mode, planes, window)
-        for name, mode in wanted.items()
-    }
+
+    def choose(name: str) -> tuple[CacheChoice, ...]:
+        chosen = [
+            _measured(_of(errors[name], [head], kept), window, budget, kept)
+            if mode == ADAPTIVE
+            else _asked(mode, planes, window)
+            for head, mode in enumerate(wanted[name])
+        ]
+        runs, first = [], 0
+        for choice, same in itertools.groupby(chosen):
+            heads = range(first, first + len(list(same)))
+            said = _said(_of(errors[name], heads, kept), budget) if choice.mode == ADAPTIVE else None
+            runs.append(replace(choice, heads=len(heads), reason=said))
+            first = heads.stop
+        return tuple(runs)
+
+    return {name: choose(name) for name in wanted if not kept or found[name] is None}
 
 
-def apply_choices(model: ImportedModel, choices: Mapping[str, CacheChoice], target: Target) -> ImportedModel:
+def apply_choices(model: ImportedModel, choices: Choices, target: Target) -> ImportedModel:
     """Keep keys and values inside, or round keys in a run of whole texts.
 
     Raises
@@ -172,24 +200,21 @@ def _rounded(
     return pack, rounded_attention(shape, packed, window, lengths, simd)
 
 
-def _require_possible(wanted: Mapping[str, str], found: Mapping[str, str | None]) -> bool:
-    """Whether there is a past that is kept; where nothing is, keys may be rounded in the run."""
-    kept = any(reason is None for reason in found.values())
+def _require_possible(wanted: Mapping[str, list[str]], found: Mapping[str, str | None], kept: bool) -> None:
+    """Refuse to keep what cannot be kept; where nothing is, keys may be rounded in the run."""
     for name, reason in found.items():
-        mode = wanted[name]
-        if not kept and reason == NO_PAST and mode != KEYS_VALUES:
-            continue
-        if reason is not None and mode != FULL:
-            hint = "export the model with past keys and values as inputs and present ones as outputs"
-            hint = hint if kept or reason != NO_PAST else f"choose {KEYS}, or {hint}"
-            raise OptionError(f"attention {name}", f"cannot be {mode}: it {reason}", hint)
-    return kept
+        possible = {FULL} if kept or reason != NO_PAST else {FULL, KEYS, ADAPTIVE}
+        for mode in wanted[name]:
+            if reason is not None and mode not in possible:
+                hint = "export the model with past keys and values as inputs and present ones as outputs"
+                hint = f"choose {KEYS}, or {hint}" if KEYS in possible else hint
+                raise OptionError(f"attention {name}", f"cannot be {mode}: it {reason}", hint)
 
 
 def _errors(
-    model: ImportedModel, wanted: Mapping[str, str], kept: bool, measure: Measure | None
-) -> dict[str, dict[int, dict[int, float]]]:
-    if ADAPTIVE not in wanted.values():
+    model: ImportedModel, wanted: Mapping[str, list[str]], kept: bool, measure: Measure | None
+) -> dict[str, HeadErrors]:
+    if not any(ADAPTIVE in modes for modes in wanted.values()):
         return {}
     if measure is None:
         problem = "decides by what planes cost in accuracy, and was given nothing to measure that with"
@@ -210,17 +235,25 @@ def _mode_of(name: str, modes: Mapping[str, str]) -> str:
 def _asked(mode: str, planes: tuple[int, int], window: int) -> CacheChoice:
     keys, values = planes
     if mode == FULL:
-        return CacheChoice(mode, 1, 1, None)
-    return CacheChoice(mode, keys, 0 if mode == KEYS else values, window)
+        return CacheChoice(1, mode, 1, 1, None)
+    return CacheChoice(1, mode, keys, 0 if mode == KEYS else values, window)
 
 
-def _measured(errors: dict[int, dict[int, float]], window: int, budget: float, kept: bool) -> CacheChoice:
-    """The fewest planes that are good enough, for one attention; float where none are."""
-    (planes,) = choose_planes({"": errors}, budget).values()
+def _of(errors: HeadErrors, heads: Sequence[int], kept: bool) -> HeadErrors:
+    """The errors of some heads; where nothing is kept a choice is one for all."""
+    return {head: errors[head] for head in heads} if kept else errors
+
+
+def _said(errors: HeadErrors, budget: float) -> str:
+    """The largest errors of these heads."""
     counts = sorted(set.intersection(*(set(of_planes) for of_planes in errors.values())))
-    worst = ", ".join(f"{n}: {max(of_planes[n] for of_planes in errors.values()):.3f}" for n in counts)
+    worst = ", ".join(f"{max(of_planes[n] for of_planes in errors.values()):.3f}" for n in counts)
+    return f"errors with {', '.join(map(str, counts))} planes: {worst}; at most {budget:g}"
+
+
+def _measured(errors: HeadErrors, window: int, budget: float, kept: bool) -> CacheChoice:
+    """The fewest planes that are good enough for all of these heads; float where none are."""
+    (planes,) = choose_planes({"": errors}, budget).values()
     if not planes:
-        reason = f"float: no number of planes keeps every head within {budget:g} (largest errors {worst})"
-        return CacheChoice(ADAPTIVE, 1, 1, None, reason)
-    reason = f"{planes} planes: the fewest that keep every head within {budget:g} (largest errors {worst})"
-    return CacheChoice(ADAPTIVE, planes, planes if kept else 0, window, reason)
+        return CacheChoice(1, ADAPTIVE, 1, 1, None)
+    return CacheChoice(1, ADAPTIVE, planes, planes if kept else 0, window)

@@ -14,11 +14,12 @@ After::
 ``arrays`` are a cache's (`runtime.kv_cache.CacheShape.arrays`): parameters of ``main`` that the kernel writes to. TVM
 takes its call for one without effects, which is safe, since no other call reads the same arrays. How many tokens there
 are already was a dimension of the past; now it is one of a parameter that is a shape, and ``kept`` says it to the
-kernel for every sequence.
+kernel for every sequence. Where the heads of an attention keep different things, there is a call for each run of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.values import describe, plain
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
-from tvm_ternary.graph.passes.find_attention import Match, find_attentions, known_extent
+from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
 from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.kv_cache import BLOCK, CacheShape
@@ -46,13 +47,24 @@ Schedule = Callable[[Attention, int, int, tuple[int | None, int | None]], tvm.ti
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """What an attention keeps: `runtime.manifest.CacheInfo` explains the fields."""
+    """What some heads of an attention keep: `runtime.manifest.CacheInfo` explains the other fields.
 
+    Parameters
+    ----------
+    heads : int
+        How many heads of keys and values, behind those of the choices before.
+    """
+
+    heads: int
     mode: str
     key_planes: int
     value_planes: int
     window: int | None
     reason: str | None = None
+
+
+Choices = Mapping[str, tuple[CacheChoice, ...]]
+"""By the names of `find_caches`, choices for all heads of an attention."""
 
 
 NO_PAST = "has no past keys and values as inputs"
@@ -75,13 +87,13 @@ def find_caches(model: ImportedModel) -> dict[str, str | None]:
     return {name: reason for name, (_, reason) in _named(model).items()}
 
 
-def cache_attention(model: ImportedModel, chosen: Mapping[str, CacheChoice], schedule: Schedule) -> ImportedModel:
+def cache_attention(model: ImportedModel, chosen: Choices, schedule: Schedule) -> ImportedModel:
     """Apply the change to the attentions that are named.
 
     Parameters
     ----------
     model : ImportedModel
-    chosen : mapping of str to CacheChoice
+    chosen : mapping of str to tuple of CacheChoice
         For names that `find_caches` gives without a reason.
     schedule : callable
         Gives the scheduled function.
@@ -221,7 +233,7 @@ class _Cached(_WithoutStates):
         self,
         model: ImportedModel,
         matches: Mapping[str, Match],
-        chosen: Mapping[str, CacheChoice],
+        chosen: Choices,
         schedule: Schedule,
     ) -> None:
         super().__init__(model, matches)
@@ -245,7 +257,7 @@ class _Cached(_WithoutStates):
             total: f"{info.past} + {info.length}" for info in self.infos.values() for total in totals
         }
         inputs = (replace(spec, shape=tuple(sums.get(dim, dim) for dim in spec.shape)) for spec in model.inputs)
-        return replace(model, inputs=tuple(inputs), caches=tuple(self.infos[name] for name in self.matches))
+        return replace(model, inputs=tuple(inputs), caches=tuple(self.infos.values()))
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         if binding.var in self.names:
@@ -254,16 +266,53 @@ class _Cached(_WithoutStates):
             super().visit_var_binding_(binding)
 
     def _call(self, name: str) -> relax.Expr:
-        match, choice = self.matches[name], self.chosen[name]
+        """One call, or one for each run of heads with the same choice."""
+        match, choices = self.matches[name], self.chosen[name]
         masks, axes = add_masks(self.builder_, match, self.visit_expr)
+        operands = [self.visit_expr(one.value) for one in (match.query, match.states[1], match.states[3])]
+        kept: relax.Expr = self.kept
+        if match.starts is not None:
+            kept = self.builder_.emit(R.astype(self.visit_expr(match.starts), "int32"))
         shape = replace(match.shape(axes), joined=False)
-        batch, length = match.query.extents["b"], match.query.extents["l"]
+        if len(choices) == 1:
+            return self._part(name, name, choices[0], shape, [*operands, *masks, kept])
+        ends = list(itertools.accumulate(choice.heads for choice in choices))
+        assert ends[-1] == shape.kv_heads
+        layouts = [shape.query, shape.key, shape.value, *["bhms" if "h" in axes else ""] * len(masks)]
+        parts = []
+        for choice, end in zip(choices, ends, strict=True):
+            first, group = end - choice.heads, shape.group
+            # Queries and masks have a head for each of the queries'.
+            factors = [group, 1, 1, group]
+            own = [
+                self._heads(x, layout, factor * first, factor * end)
+                for x, layout, factor in zip([*operands, *masks], layouts, factors, strict=False)
+            ]
+            sub = replace(shape, heads=group * choice.heads, kv_heads=choice.heads)
+            last = f"-{end - 1}" if end - 1 > first else ""
+            parts.append(self.builder_.emit(self._part(name, f"{name}#{first}{last}", choice, sub, [*own, kept])))
+        return R.concat(parts, match.layout.index("h"))
+
+    def _heads(self, x: relax.Expr, layout: str, first: int, end: int) -> relax.Expr:
+        if not layout:
+            return x
+        axis = [layout.index("h")]
+        return self.builder_.emit(R.strided_slice(x, axis, [first], [end], [1], assume_inbound=True))
+
+    def _part(
+        self, name: str, label: str, choice: CacheChoice, shape: Attention, arguments: list[relax.Expr]
+    ) -> relax.Expr:
+        """The call for heads that keep the same."""
+        match = self.matches[name]
+        extents = match.query.extents
+        batch, length = extents["b"], extents["l"]
         key = shape, choice.key_planes, choice.value_planes, (known_extent(batch), known_extent(length))
         if key not in self.functions:
             self.functions[key] = self.builder_.add_func(self.schedule(*key), "cached_attention")
-        past_key, new_key, past_value, new_value = (part.value for part in match.states)
-        self.infos[name] = CacheInfo(
-            name=name,
+        past_key, _, past_value, _ = (part.value for part in match.states)
+        own = {field: value for field, value in asdict(choice).items() if field != "heads"}
+        self.infos[label] = CacheInfo(
+            name=label,
             value=self.specs[past_value].name,
             batch=self.specs[past_key].shape[match.key.layout.index("b")],
             past=str(self.specs[past_key].shape[match.key.layout.index("l")]),
@@ -271,18 +320,15 @@ class _Cached(_WithoutStates):
             kv_heads=shape.kv_heads,
             size=shape.size,
             value_size=shape.value_size,
-            **asdict(choice),
+            **own,
         )
         cache = CacheShape(
             1, shape.kv_heads, shape.size, shape.value_size, BLOCK, choice.key_planes, choice.value_planes
         )
-        self.arrays[name] = _parameters(len(self.arrays), cache, batch)
-        operands = [self.visit_expr(one) for one in (match.query.value, new_key, new_value)]
-        kept = self.kept
-        if match.starts is not None:
-            kept = self.builder_.emit(R.astype(self.visit_expr(match.starts), "int32"))
-        arguments = [*operands, *masks, kept, *self.arrays[name]]
-        return relax.call_tir(self.functions[key], arguments, match.result.ty)
+        self.arrays[label] = _parameters(len(self.arrays), cache, batch)
+        given = {"b": batch, "h": shape.heads, "l": length, "d": shape.value_size}
+        result = relax.TensorType([as_index(given[axis]) for axis in match.layout], "float32")
+        return relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
 
 
 def _totals(match: Match, past: Any) -> list[str]:

@@ -22,7 +22,7 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.cache_attention import CacheChoice, named_attentions
+from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, named_attentions
 from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
 from tvm_ternary.graph.passes.fuse_attention import add_masks
@@ -34,14 +34,14 @@ Schedule = Callable[[Attention, int, int, tuple[int | None, ...]], tuple[tvm.tir
 """Gives what packs and what attends, for planes and a window, and batch, queries and keys."""
 
 
-def round_keys(model: ImportedModel, chosen: Mapping[str, CacheChoice], schedule: Schedule) -> ImportedModel:
+def round_keys(model: ImportedModel, choices: Choices, schedule: Schedule) -> ImportedModel:
     """Apply the change to the attentions that are named.
 
     Parameters
     ----------
     model : ImportedModel
-    chosen : mapping of str to CacheChoice
-        By the names of `named_attentions`.
+    choices : mapping of str to tuple of CacheChoice
+        By the names of `named_attentions`, one for all heads each.
     schedule : callable
         Gives the scheduled functions.
 
@@ -50,6 +50,7 @@ def round_keys(model: ImportedModel, chosen: Mapping[str, CacheChoice], schedule
     ImportedModel
         ``attentions`` says what became of them.
     """
+    chosen = {name: choice for name, (choice,) in choices.items()}
     matches = {name: match for name, match in named_attentions(model).items() if name in chosen}
     infos = tuple(
         AttentionInfo(name, chosen[name].mode, chosen[name].key_planes, chosen[name].window, chosen[name].reason)
