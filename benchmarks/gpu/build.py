@@ -20,7 +20,18 @@ from onnx import numpy_helper
 import tvm_ternary as tt
 from benchmarks.gpu import floors
 from benchmarks.gpu.attention import shape_of
-from benchmarks.gpu.cases import ALL, ARCH, VOCABULARY, Cases, cache_name, cpu_name, cpu_scheme, model_name, name_of
+from benchmarks.gpu.cases import (
+    ALL,
+    ARCH,
+    VOCABULARY,
+    Cases,
+    cache_name,
+    cpu_name,
+    cpu_scheme,
+    model_name,
+    name_of,
+    prompt_name,
+)
 from benchmarks.gpu.models import RUNNER
 from benchmarks.gpu.results import FACTS
 from tvm_ternary.bench.machine import commit
@@ -33,6 +44,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.target import Target, resolve
 
@@ -96,7 +108,7 @@ def kernels(folder: Path, target: Target, cases: Cases) -> None:
 
 
 def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
-    """What appends to each cache, any number of tokens at once, and a step over it."""
+    """What appends to each cache, any number of tokens at once, and a step over it; and attention of each prompt."""
     functions = {}
     for cache in cases.caches:
         (heads, *_), held = cache, shape_of(cache)
@@ -109,6 +121,11 @@ def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
         for kind, function in made.items():
             name = f"{kind}_{cache_name(cache)}"
             functions[name] = function.with_attr("global_symbol", name)
+    for prompt in cases.prompts:
+        heads, kv_heads, size, tokens, causal = prompt
+        shape, name = Attention(heads, kv_heads, size, size, size**-0.5), f"prompt_{prompt_name(prompt)}"
+        function = attention_prompt(shape, (1, tokens, tokens), causal=causal)
+        functions[name] = function.with_attr("global_symbol", name)
     return functions
 
 

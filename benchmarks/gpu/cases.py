@@ -45,6 +45,17 @@ CACHES = (
 TIMED_TOKENS = 4096
 ASKED_CACHE = CACHES[3]
 
+# Heads of queries and of keys, elements of a head, tokens, causal.
+PROMPTS = (
+    (4, 2, 20, 70, True),
+    (3, 3, 64, 200, False),
+    (32, 8, 128, 512, True),
+    (32, 8, 128, 4096, True),
+    (32, 8, 128, 4096, False),
+    (12, 12, 64, 4096, True),
+)
+TIMED_PROMPT_TOKENS = 512
+
 REQUIRED = (
     ("copy", "M = 1, t1a16 and t1a8, matrices over 16 MB read: share of the measured copy bandwidth", 0.8),
     ("rows1", "M = 1, t1a16 and t1a8: over torch bf16", 4.0),
@@ -54,6 +65,7 @@ REQUIRED = (
     ("rows4096", "M = 4096, t1a8: over torch bf16", 1.0),
     ("model", "demo models of fixed sizes end to end, CUDA graph: over torch bf16 eager", 2.0),
     ("attention", "a token over 32,768 cached, 32 heads of 128 (8 of keys), two planes: over torch SDPA bf16", 3.0),
+    ("prompt", "prompts of 512 and 4,096 tokens, 32 heads of 128 (8 of keys): over torch SDPA bf16", 0.7),
     ("gemlite", "over gemlite, the same shapes", 1.0),
     ("bitblas", "over bitblas, the same shapes", 1.0),
 )
@@ -63,6 +75,8 @@ Matrix = tuple[int, int, str]
 """N, K, scheme."""
 Cache = tuple[int, int, int, int, int]
 """Heads, heads of keys, size, planes, tokens."""
+Prompt = tuple[int, int, int, int, bool]
+"""Heads, heads of keys, size, tokens, causal."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Cases:
     words : int
         Of the models' table.
     caches : tuple of Cache
+    prompts : tuple of Prompt
         Those that attention is checked and, if they are long, timed with.
     """
 
@@ -93,6 +108,7 @@ class Cases:
     free_sizes: tuple[tuple[int, int], ...] = FREE_SIZES
     words: int = VOCABULARY
     caches: tuple[Cache, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
 
 
 def timed() -> tuple[Matrix, ...]:
@@ -106,7 +122,7 @@ def timed() -> tuple[Matrix, ...]:
     )
 
 
-ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS, caches=CACHES)
+ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS, caches=CACHES, prompts=PROMPTS)
 
 
 def name_of(n: int, k: int, scheme: str) -> str:
@@ -118,6 +134,12 @@ def cache_name(cache: Cache) -> str:
     """The name of a cache's functions, ``append_`` and ``step_`` before it."""
     heads, kv_heads, size, planes, tokens = cache
     return f"t{planes}kv_{heads}x{kv_heads}x{size}_{tokens}"
+
+
+def prompt_name(prompt: Prompt) -> str:
+    """The name of a prompt's function, ``prompt_`` before it."""
+    heads, kv_heads, size, tokens, causal = prompt
+    return f"{heads}x{kv_heads}x{size}_{tokens}{'_causal' if causal else ''}"
 
 
 def model_name(batch: int, length: int, scheme: str) -> str:

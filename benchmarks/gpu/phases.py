@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.gpu.attention import CheckedCache
-from benchmarks.gpu.cases import TIMED_TOKENS, Cache, cache_name, model_name, name_of
+from benchmarks.gpu.cases import (
+    TIMED_PROMPT_TOKENS,
+    TIMED_TOKENS,
+    Cache,
+    Prompt,
+    cache_name,
+    model_name,
+    name_of,
+    prompt_name,
+)
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.models import SAME, DemoModel, most_error
+from benchmarks.gpu.prompts import wrong_results
 from benchmarks.gpu.reference import bound, random_activations, random_matrix, rounded
 from benchmarks.gpu.results import Results, known_cases, known_facts
 from tvm_ternary.runtime.driver import read_devices
@@ -69,12 +79,15 @@ class Phases:
     def kernels(self) -> None:
         """Compare small kernels of every kind with their references, each number of rows on fresh data over poison."""
         self._kernels(self.cases.checked_rows)
-        self._caches(self.cases.caches)
+        self._attention(self.cases.caches, self.cases.prompts)
 
     def small_kernels(self) -> None:
         """What runs under compute-sanitizer."""
         self._kernels(SANITIZED_ROWS)
-        self._caches([cache for cache in self.cases.caches if cache[-1] < TIMED_TOKENS])
+        self._attention(
+            [cache for cache in self.cases.caches if cache[-1] < TIMED_TOKENS],
+            [prompt for prompt in self.cases.prompts if prompt[3] < TIMED_PROMPT_TOKENS],
+        )
 
     def _kernels(self, rows: Sequence[int]) -> None:
         kernels, generator = Kernels(self.folder), np.random.default_rng()
@@ -87,11 +100,13 @@ class Phases:
                 off = ~(np.abs(call(x) - exact @ matrix.dense.T) <= bound(exact, matrix))
                 self._checked(name, m, int(off.sum()))
 
-    def _caches(self, caches: Sequence[Cache]) -> None:
+    def _attention(self, caches: Sequence[Cache], prompts: Sequence[Prompt]) -> None:
         kernels, generator = Kernels(self.folder), np.random.default_rng()
         for cache in caches:
             for kind, wrong in CheckedCache(kernels, cache, generator).wrong().items():
                 self._checked(f"{kind}_{cache_name(cache)}", 1, wrong)
+        for prompt in prompts:
+            self._checked(f"prompt_{prompt_name(prompt)}", prompt[3], wrong_results(kernels, prompt, generator))
 
     def _checked(self, name: str, m: int, wrong: int) -> None:
         self.results.add("check", case=name, m=m, wrong=wrong)
@@ -142,10 +157,14 @@ class Phases:
     def times(self) -> None:
         """Check each timed matrix, then time it; what time does not reach is named."""
         begun = {row["case"] for row in self.results.rows("begin")}
-        for cache in self.cases.caches:
-            if cache[-1] >= TIMED_TOKENS and cache_name(cache) not in begun:
-                self.results.add("begin", case=cache_name(cache))
-                self.guarded(cache_name(cache), self._time_cache, cache)
+        caches = [cache for cache in self.cases.caches if cache[-1] >= TIMED_TOKENS]
+        prompts = [prompt for prompt in self.cases.prompts if prompt[3] >= TIMED_PROMPT_TOKENS]
+        steps = [(cache_name(cache), self._time_cache, cache) for cache in caches]
+        steps += [(f"prompt_{prompt_name(prompt)}", self._time_prompt, prompt) for prompt in prompts]
+        for name, step, case in steps:
+            if name not in begun:
+                self.results.add("begin", case=name)
+                self.guarded(name, step, case)
                 self.device.torch.cuda.empty_cache()
         for n, k, text in self.cases.timed:
             name = name_of(n, k, text)
@@ -163,6 +182,13 @@ class Phases:
 
         line = TimedCache(self.device, cache).times()
         self.results.add("attention", **line)
+        print(f"{line['case']}: {told(line)}", flush=True)
+
+    def _time_prompt(self, prompt: Prompt) -> None:
+        from benchmarks.gpu.prompts import TimedPrompt
+
+        line = TimedPrompt(self.device, prompt).times()
+        self.results.add("prompt", **line)
         print(f"{line['case']}: {told(line)}", flush=True)
 
     def _time_matrix(self, n: int, k: int, text: str) -> None:

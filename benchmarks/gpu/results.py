@@ -63,8 +63,9 @@ def known_cases(folder: Path) -> Cases:
     lists = known_facts(folder)["cases"]
     checked, timed, models = (tuple((a, b, t) for a, b, t in lists[key]) for key in ("checked", "timed", "models"))
     sizes, words = tuple((batch, length) for batch, length in lists["free_sizes"]), lists["words"]
-    rows, caches = (tuple(lists[key]) for key in ("checked_rows", "timed_rows")), lists["caches"]
-    return Cases(checked, next(rows), timed, next(rows), models, sizes, words, tuple(map(tuple, caches)))
+    rows, timed_rows = (tuple(lists[key]) for key in ("checked_rows", "timed_rows"))
+    caches, prompts = (tuple(map(tuple, lists[key])) for key in ("caches", "prompts"))
+    return Cases(checked, rows, timed, timed_rows, models, sizes, words, caches, prompts)
 
 
 def host_facts() -> dict[str, Any]:

@@ -37,6 +37,7 @@ def render(lines: Path | None) -> str:
         _models(rows),
         _times(rows),
         _attention(rows),
+        _prompts(rows),
         _peers(rows),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -98,6 +99,11 @@ def _over_attention(rows: Sequence[Line]) -> list[float]:
     return [_best_of_torch(row) / row["seconds"] for row in _of(rows, "attention") if row["case"] == asked]
 
 
+def _over_prompts(rows: Sequence[Line]) -> list[float]:
+    asked = [row for row in _of(rows, "prompt") if str(row["case"]).startswith("32x8x128_")]
+    return [row["torch_bf16"] / row["seconds"] for row in asked]
+
+
 def _over_peer(name: str) -> Callable[[Sequence[Line]], list[float]]:
     def figure(rows: Sequence[Line]) -> list[float]:
         ours = {(row["case"], row["m"]): row["seconds_with_rows"] for row in _of(rows, "time")}
@@ -116,6 +122,7 @@ _FIGURES: dict[str, Callable[[Sequence[Line]], list[float]]] = {
     "rows4096": _over_torch(("t1a8",), (4096,)),
     "model": _over_eager,
     "attention": _over_attention,
+    "prompt": _over_prompts,
     "gemlite": _over_peer("gemlite"),
     "bitblas": _over_peer("bitblas"),
 }
@@ -177,6 +184,19 @@ def _attention(rows: Sequence[Line]) -> list[str]:
         rate = f"{row['bytes'] / row['seconds'] / 1e9:.0f}"
         table.append("| " + " | ".join((row["case"], *times, rate, f"{row['spread']:.1%}")) + " |")
     return table
+
+
+def _prompts(rows: Sequence[Line]) -> list[str]:
+    found = _of(rows, "prompt")
+    table = [
+        "| a prompt | us | torch SDPA bf16 | times as fast | T operations/s | spread |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        ratio, rate = row["torch_bf16"] / row["seconds"], row["operations"] / row["seconds"] / 1e12
+        cells = (row["case"], _us(row["seconds"]), _us(row["torch_bf16"]), f"{ratio:.2f}", f"{rate:.0f}")
+        table.append("| " + " | ".join((*cells, f"{row['spread']:.1%}")) + " |")
+    return table if found else []
 
 
 def _peers(rows: Sequence[Line]) -> list[str]:

@@ -25,6 +25,7 @@ CASES = Cases(
     free_sizes=((1, 5),),
     words=50,
     caches=((4, 2, 20, 2, 140),),
+    prompts=((2, 1, 20, 70, True),),
 )
 _FAKE_CUDART = toolchain.fake_driver_folder() / "libcudart.so.13"
 _VISIT = """

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.gpu.attention import TimedCache
 from benchmarks.gpu.cases import ASKED_CACHE
 from benchmarks.gpu.device import Time
+from benchmarks.gpu.prompts import TimedPrompt
 
 CALLS = list[tuple[Any, ...]]
 
@@ -66,3 +67,14 @@ def test_a_step_is_timed_over_more_than_a_gpu_keeps_beside_torch() -> None:
     assert shapes[:2] == [(1, 1, 32, 128), (1, 8, 511, 4, 16, 16)]
     assert rows == ("sdpa", [(1, 8, 4, 128), *[(1, 8, 32768, 128)] * 2], {})
     assert grouped == ("sdpa", [(1, 32, 1, 128), *[(1, 8, 32768, 128)] * 2], {"enable_gqa": True})
+
+
+def test_a_prompt_is_timed_beside_torch() -> None:
+    calls: CALLS = []
+    line = TimedPrompt(counting_device(calls), (32, 8, 128, 512, True)).times()
+    assert (line["case"], line["operations"]) == ("32x8x128_512_causal", 2 * 32 * 128 * 512 * 512)
+    ours, theirs = calls
+    q, k = (1, 512, 32, 128), (1, 512, 8, 128)
+    assert ours == ("prompt_32x8x128_512_causal", [q, k, k, q], {})
+    heads = [(1, 32, 512, 128), *[(1, 8, 512, 128)] * 2]
+    assert theirs == ("sdpa", heads, {"is_causal": True, "enable_gqa": True})

@@ -44,6 +44,8 @@ def test_the_figures_of_made_up_lines(tmp_path: Path) -> None:
         {"kind": "model", "case": "any", "fixed": False, "seconds": 1e-3, "torch_bf16_eager": 3e-4},
         {"kind": "attention", "case": cache_name(ASKED_CACHE), "seconds": 1e-5, "append": 5e-6, "bytes": 36.7e6}
         | {"torch_bf16_rows": 4e-5, "torch_bf16_grouped": 5e-5, "spread": 0.02},
+        {"kind": "prompt", "case": "32x8x128_4096_causal", "seconds": 1e-3, "torch_bf16": 8e-4, "operations": 14e10}
+        | {"spread": 0.01},
         {"kind": "peer", "peer": "gemlite", "case": "t1a8_4096x4096", "m": 1, "seconds": 5e-5},
         {"kind": "peer", "peer": "bitblas", "reason": "not installed"},
         {"kind": "left out", "case": "t1a1_4096x4096", "m": 8},
@@ -58,6 +60,8 @@ def test_the_figures_of_made_up_lines(tmp_path: Path) -> None:
         "| over bitblas, the same shapes | 1 | not measured |  |  |",
         "| 3 | 4.00 | 4.00 | met |",
         "| t2kv_32x8x128_32768 | 10.0 | 5.0 | 40.0 | 4.00 | 3670 | 2.0% |",
+        "| 0.7 | 0.80 | 0.80 | met |",
+        "| 32x8x128_4096_causal | 1000.0 | 800.0 | 0.80 | 140 | 1.0% |",
         "| demo | 1.0e-03 | 100.0 | 300.0 | 200.0 |",
         "| t1a16_4096x4096 | 1 | 10.0 | 20.0 | 9.0 | 180.0 |  | 2000 | 1.0% |",
         "bitblas: not installed (all that is missing).",

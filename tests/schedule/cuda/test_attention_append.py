@@ -64,9 +64,13 @@ def held(kept: Kept) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("planes", [(3, 1), (2, 2), (1, 3)])
 def test_bits_are_those_of_a_cpu(gpu: Worker, planes: tuple[int, int]) -> None:
-    """Of sequences that are cut to nothing, within blocks, between, and not at all; one token at once, and many."""
+    """Of sequences that are cut to nothing, within blocks, between, and not at all; one token at once, and many.
+
+    Where a block becomes full, tails move that hold more than a block, and others that do not.
+    """
     ours, theirs = (OnGpu(planes=planes, batch=5, gpu=gpu) for _ in range(2))
-    for count, past in ((270, ALL), (1, (0, 100, 128, 260, ALL)), (130, ALL), (0, (5, 70, 127, 191, 192)), (65, ALL)):
+    cuts = ((0, 100, 128, 260, ALL), (5, 70, 127, 191, 192))
+    for count, past in ((270, ALL), (50, cuts[0]), (130, ALL), (1, ALL), (0, cuts[1]), (65, ALL)):
         new = ours.tokens(count)
         ours.add(new, past)
         keep = np.ascontiguousarray(np.broadcast_to(np.array(past, np.int32), 5))

@@ -70,3 +70,9 @@ def test_large_scores(gpu: Worker) -> None:
 def test_what_is_refused(change: dict[str, object], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         attention_step(replace(SHAPE, **change), (2, 2), (1, 1, 1, 1))  # type: ignore[arg-type]
+
+
+def test_what_is_too_large_is_refused() -> None:
+    shape = Attention(32, 32, 128, 128, 1.0, key="bhld", value="bhld")
+    with pytest.raises(ValueError, match="key_words0 has extents"):
+        attention_step(shape, (2, 2), (256, 1, 511, 128))

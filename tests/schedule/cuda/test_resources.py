@@ -18,6 +18,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.schedule.cuda.cut import Cut
 from tvm_ternary.schedule.cuda.matmul import matmul_function
@@ -49,12 +50,15 @@ CACHES = {
 
 
 def attention_functions() -> dict[str, tirx.PrimFunc]:
-    """Steps over some caches of 32,768 tokens, and what appends to them."""
+    """Steps over some caches of 32,768 tokens, what appends to them, and attention of prompts."""
     functions = {}
     for name, (heads, kv_heads, size, planes) in CACHES.items():
         shape = Attention(heads, kv_heads, size, size, size**-0.5, key="bhld", value="bhld")
         functions[f"step_{name}"] = attention_step(shape, (planes, planes), (1, 1, 511, 128))
         functions[f"append_{name}"] = append_tokens(shape, (planes, planes), 64, (1, None, 511, 128))
+    for heads, kv_heads, size, causal in ((32, 8, 128, True), (12, 12, 64, False)):
+        shape = Attention(heads, kv_heads, size, size, size**-0.5)
+        functions[f"prompt_{heads}x{kv_heads}x{size}"] = attention_prompt(shape, (1, 4096, 4096), causal=causal)
     return functions
 
 

@@ -31,7 +31,7 @@ from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.kernels.ternary_keys import BLOCK, STEPS, Digits, digits, packed_words
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.attention import device as own
-from tvm_ternary.schedule.cuda.attention.plan import check_sizes, placed
+from tvm_ternary.schedule.cuda.attention.plan import array, check_sizes, placed
 from tvm_ternary.schedule.cuda.attention.warp import const, local
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, any_rows, root_block
 
@@ -183,19 +183,19 @@ class _Append:
 
         def laid(name: str, layout: str, length: Expr, size: int) -> Expr:
             extents = {"b": self.batch, "h": self.kv_heads, "l": length, "d": size}
-            return T.arg(name, T.buffer(tuple(extents[axis] for axis in layout), "float32"))
+            return array(name, [extents[axis] for axis in layout])
 
         fresh = [laid(f"new_{name}", new[n], tokens, sizes[n]) for n, name in enumerate("kv")]
-        self.counts = {"past": T.arg("past", T.buffer((self.batch,), "int32"))}
+        self.counts = {"past": array("past", [self.batch], "int32")}
         words, scales = [], []
         for n, (name, matrix) in enumerate((("key", (BLOCK, shape.size)), ("value", (shape.value_size, BLOCK)))):
             arrays = [(*outer, *packed_words(*matrix, field)) for field in digits(planes[n])]
-            words.append([T.arg(f"{name}_words{i}", T.buffer(array, "uint32")) for i, array in enumerate(arrays)])
-            scales.append(T.arg(f"{name}_scale", T.buffer((*outer, BLOCK if n else shape.size), "float32")))
+            words.append([array(f"{name}_words{i}", one, "uint32") for i, one in enumerate(arrays)])
+            scales.append(array(f"{name}_scale", (*outer, BLOCK if n else shape.size)))
         layouts = (shape.key, shape.value)
         tails = [laid(name, layouts[n], room, sizes[n]) for n, name in enumerate("kv")]
         for name in ("full", "recent"):
-            self.counts[name] = T.arg(name, T.buffer((self.batch,), "int32"))
+            self.counts[name] = array(name, [self.batch], "int32")
         self.parts = [
             _Part(n, fresh[n], tails[n], scales[n], words[n], new[n], layouts[n], sizes[n], planes[n]) for n in range(2)
         ]

@@ -133,27 +133,21 @@ class Blocks(Warp):
 
         The sum of the numbers and their scale go to the threads that get the row's scores: those of its t.
         """
-        step = self.step
-        x, k = local(step.steps * 16), local(4)
+        step, x = self.step, local(4)
         peak, total = local(1, "int32"), local(1, "int32")
         T.buffer_store(peak, T.int32(0), [0])
         T.buffer_store(total, T.int32(0), [0])
         with unrolled(step.steps) as s, unrolled(4) as j:
-            place = (s * 4 + j) * 4 + self.t
-            query = self.query_at(tile * TILE + self.g // 2, place)
-            T.evaluate(device.load_shared_floats(at(x, (s * 4 + j) * 4), self.shared.data, query))
-            T.evaluate(
-                device.load_shared_floats(at(k, 0), self.shared.data, self.mine + step.key_scale_at + place * 16)
-            )
+            self._scaled_query(tile, s * 4 + j, x)
             for i in range(4):
-                n = (s * 4 + j) * 4 + i
-                T.buffer_store(x, x[n] * k[i], [n])
-                T.buffer_store(peak, T.max(peak[0], own.magnitude_bits(x[n])), [0])
+                T.buffer_store(peak, T.max(peak[0], own.magnitude_bits(x[i])), [0])
         fold(peak, 0, OVER_T, T.max)
         largest = device.float_of(peak[0])
+        # Made once more, for all of a row would be half of a thread's registers.
         with unrolled(step.steps) as s, unrolled(4) as j:
+            self._scaled_query(tile, s * 4 + j, x)
             n = (tile * step.steps + s) * 4 + j
-            T.buffer_store(asked, own.round_four(at(x, (s * 4 + j) * 4), _inverse(largest), self.g % 2), [n])
+            T.buffer_store(asked, own.round_four(at(x, 0), _inverse(largest), self.g % 2), [n])
             T.buffer_store(total, own.sum_bytes(asked[n], total[0]), [0])
         fold(total, 0, OVER_T, add)
         high, low = (own.from_lane_int(total[0], 8 * self.t + 4 * part) for part in range(2))
@@ -161,6 +155,15 @@ class Blocks(Warp):
         T.buffer_store(away, (256 * high + low) * offset, [tile])
         of_row = own.from_lane_float(largest, 8 * self.t)
         T.buffer_store(scale, of_row * const(self.shape.scale * math.log2(math.e) / own.MOST), [tile])
+
+    def _scaled_query(self, tile: Expr, quad: Expr, x: Expr) -> None:
+        """Four of a thread's elements of its row, times the block's scales."""
+        k, place = local(4), quad * 4 + self.t
+        query, scale = self.query_at(tile * TILE + self.g // 2, place), self.mine + self.step.key_scale_at + place * 16
+        T.evaluate(device.load_shared_floats(at(x, 0), self.shared.data, query))
+        T.evaluate(device.load_shared_floats(at(k, 0), self.shared.data, scale))
+        for i in range(4):
+            T.buffer_store(x, x[i] * k[i], [i])
 
     def _products(self, operand: int, right: Expr, steps: int, place: Callable[[Expr], Expr]) -> Expr:
         """32 rows of a block, four for each g, multiplied: for each tile, two products of four sums."""

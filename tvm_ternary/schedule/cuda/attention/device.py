@@ -51,7 +51,18 @@ sum_bytes = Device("tt_sum_bytes", "int four, int total", "  return __dp4a(four,
 
 magnitude_bits = Device("tt_magnitude_bits", "float x", "  return __float_as_int(x) & 0x7fffffff;", result="int32")
 
-exp2 = Device("tt_exp2", "float x", "  return exp2f(x);", result="float32")
+# Off by 2^-22 of the result at most; what is below the normal numbers is 0.
+exp2 = Device(
+    "tt_exp2",
+    "float x",
+    r"""
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+""",
+    "  return exp2f(x);",
+    "float32",
+)
 
 from_lane_int = Device(
     "tt_from_lane_int", "int value, int lane", "  return __shfl_sync(0xffffffffu, value, lane);", result="int32"
@@ -66,3 +77,24 @@ sync_warp = Device("tt_sync_warp", "", "  __syncwarp();")
 multiply = Device("tt_multiply", "float a, float b", "  return __fmul_rn(a, b);", result="float32")
 multiply_add = Device("tt_multiply_add", "float a, float b, float c", "  return __fmaf_rn(a, b, c);", result="float32")
 nearest = Device("tt_nearest", "float x", "  return (int)rintf(x);", result="int32")
+
+
+def _pack(kind: str, short: str) -> Device:
+    """Two floats rounded to 16 bits, the first one in the low half."""
+    return Device(
+        f"tt_pack_{kind}",
+        "float low, float high",
+        f"""
+  unsigned both;
+  asm("cvt.rn.{short}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+""",
+        f"  return tt::float_to_{'half' if short == 'f16' else short}(low) | "
+        f"(unsigned)tt::float_to_{'half' if short == 'f16' else short}(high) << 16;",
+        "uint32",
+    )
+
+
+pack_float16, pack_bfloat16 = _pack("float16", "f16"), _pack("bfloat16", "bf16")
+
+store_two = Device("tt_store_two", "void* to, float a, float b", "  *(float2*)to = make_float2(a, b);")

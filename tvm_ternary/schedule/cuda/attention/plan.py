@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,12 +160,19 @@ def check_sizes(shape: Attention) -> None:
             raise ValueError(f"a layout {layout}; on a GPU elements of a head are neighbours")
 
 
+def array(name: str, extents: Sequence[Expr], dtype: str = "float32") -> Expr:
+    """A parameter. Kernels index its elements with 32 bits."""
+    if math.prod(extent for extent in extents if isinstance(extent, int)) >= 2**31:
+        raise ValueError(f"{name} has extents {list(extents)}; on a GPU expected fewer than 2^31 elements")
+    return T.arg(name, T.buffer(tuple(extents), dtype))
+
+
 def declare(step: Step) -> dict[str, Expr]:
     """The parameters by name."""
     shape, made = step.shape, dict[str, Expr]()
 
     def declared(name: str, extents: Sequence[int], dtype: str = "float32") -> None:
-        made[name] = T.arg(name, T.buffer(tuple(extents), dtype))
+        made[name] = array(name, extents, dtype)
 
     def laid(name: str, layout: str, heads: int, length: int, size: int) -> None:
         extents = {"b": step.batch, "h": heads, "l": length, "d": size}

@@ -13,9 +13,9 @@ exchanges, and weights, times the tokens' scales and rounded the same way, becom
 values in sixteen.
 
 What it costs, for 128 elements, two planes and four rows: a block is 8,960 bytes, words and scales, which an H100's
-memory brings in 619 cycles of a multiprocessor (3.35 TB/s, 132 of them at 1.755 GHz). A warp has 859 instructions for
-it, counted in sm_90's machine code: 215 cycles of four schedulers. With one plane it is 866 (217) and 336 cycles of
-memory, with eight rows 1,381 (345) and 619. Products are 32 of these instructions; they would be 512 with dot products
+memory brings in 619 cycles of a multiprocessor (3.35 TB/s, 132 of them at 1.755 GHz). A warp has 899 instructions for
+it, counted in sm_90's machine code: 225 cycles of four schedulers. With one plane it is 895 (224) and 336 cycles of
+memory, with eight rows 1,414 (354) and 619. Products are 32 of these instructions; they would be 512 with dot products
 of bytes (dp4a, at half the rate of others), and 2,048 and as many conversions with floats: beside the rest more than
 memory leaves time for where there is one plane, or eight rows. Copies are asynchronous, keys of the next block on their
 way while values of this one are multiplied, and the reverse.

@@ -1,0 +1,122 @@
+"""Attention of many queries on the emulated GPU, against its definition in float64 on what operands are rounded to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.cuda_emulator import Out, Worker
+from tests.schedule.cpu.graphs import EPSILON, normal
+from tvm_ternary.kernels.attention import Attention, reference_attention
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
+
+SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25)
+UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""By what share of itself rounding changes a number at most."""
+
+
+class Case:
+    """One attention, run on the GPU."""
+
+    def __init__(
+        self,
+        gpu: Worker,
+        shape: Attention,
+        lengths: tuple[int, int, int],
+        *,
+        causal: bool = False,
+        kind: str = "bfloat16",
+        mask: np.ndarray | None = None,
+        operands: list[np.ndarray] | None = None,
+    ) -> None:
+        batch, queries, keys = lengths
+        self.shape, self.kind, self.mask = shape, kind, mask
+        sizes = ((shape.heads, queries, shape.size), (shape.kv_heads, keys, shape.size))
+        extents = (*sizes, (shape.kv_heads, keys, shape.value_size))
+        self.operands = operands or [normal(7 + n, batch, *extent) for n, extent in enumerate(extents)]
+        if causal:
+            self.mask = np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, -np.inf)
+        out = np.full((batch, shape.heads, queries, shape.value_size), np.nan, np.float32)
+        held = np.ascontiguousarray(_laid(out, shape.out))
+        layouts = (shape.query, shape.key, shape.value)
+        arrays = [_laid(x, layout) for x, layout in zip(self.operands, layouts, strict=True)]
+        function = attention_prompt(shape, lengths, causal=causal, kind=kind)
+        gpu.run(function, *arrays, *([] if mask is None else [mask]), Out(held))
+        self.result = held.transpose([shape.out.index(axis) for axis in "bhld"])
+
+    def check(self) -> None:
+        """A weight is rounded once, beside sums that are not; all else is float32."""
+        unit, shape = UNITS[self.kind], self.shape
+        dtype: Any = getattr(ml_dtypes, self.kind, self.kind)
+        q, k, v = (x.astype(dtype).astype(np.float64) for x in self.operands)
+        want = reference_attention(q, k, v, shape.scale, self.mask)
+        wide_k, wide_v = (np.repeat(x, shape.group, 1) for x in (k, v))
+        scores = shape.scale * q @ wide_k.swapaxes(-1, -2) + (0 if self.mask is None else self.mask)
+        peak = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
+        weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        sizes = shape.scale * np.abs(q) @ np.abs(wide_k).swapaxes(-1, -2)
+        sizes = sizes + (0 if self.mask is None else np.where(np.isneginf(self.mask), 0, np.abs(self.mask)))
+        off = ((shape.size + 8) * sizes).max(-1, keepdims=True) * EPSILON
+        moved = np.expm1(2 * off) + unit + 2 * (8 + k.shape[2]) * EPSILON
+        assert np.all(np.abs(self.result - want) <= moved * (weights @ np.abs(wide_v)) + 1e-30)
+
+
+def _laid(x: np.ndarray, layout: str) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(["bhld".index(axis) for axis in layout]))
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_more_queries_than_keys_and_fewer(gpu: Worker, kind: str) -> None:
+    """Heads that fill no step, blocks of keys that are not full, thread blocks whose last rows are none."""
+    for lengths in ((2, 3, 70), (1, 70, 65)):
+        Case(gpu, SHAPE, lengths, kind=kind).check()
+
+
+def test_causal(gpu: Worker) -> None:
+    """With keys of a past before the queries', and with queries that see none."""
+    Case(gpu, SHAPE, (1, 70, 140), causal=True).check()
+    case = Case(gpu, SHAPE, (1, 9, 6), causal=True)
+    case.check()
+    assert not case.result[:, :, :3].any()
+
+
+def test_masks_layouts_and_whole_sizes(gpu: Worker) -> None:
+    shape = replace(
+        SHAPE, heads=2, kv_heads=2, size=64, value_size=32, query="bhld", key="lbhd", value="bhld", out="hbld"
+    )
+    mask = normal(3, 2, 1, 5, 66)
+    mask[0, 0, :, 3:] = -np.inf
+    mask[1, 0, 2] = -np.inf
+    case = Case(gpu, replace(shape, mask="bms"), (2, 5, 66), mask=mask)
+    case.check()
+    assert not case.result[1, :, 2].any()
+
+
+def test_hidden_keys_and_values_move_no_bit(gpu: Worker) -> None:
+    case = Case(gpu, SHAPE, (1, 70, 70), causal=True)
+    operands = [x.copy() for x in case.operands]
+    for x in operands[1:]:
+        x[:, :, 40:] = -x[:, :, 40:] * np.float32(1e3)
+    other = Case(gpu, SHAPE, (1, 70, 70), causal=True, operands=operands)
+    np.testing.assert_array_equal(other.result[:, :, :40], case.result[:, :, :40])
+    assert (other.result[:, :, 40:] != case.result[:, :, 40:]).any()
+
+
+def test_what_is_not_finite_shows(gpu: Worker) -> None:
+    operands = [x.copy() for x in Case(gpu, SHAPE, (1, 70, 70), causal=True).operands]
+    operands[0][0, 1, 5, 3] = np.nan
+    got = Case(gpu, SHAPE, (1, 70, 70), causal=True, operands=operands).result
+    assert np.isnan(got[0, 1, 5]).all()
+    assert np.isnan(got).sum() == SHAPE.value_size
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="float8"):
+        attention_prompt(SHAPE, (1, 1, 1), kind="float8")
+    with pytest.raises(ValueError, match="two parts"):
+        attention_prompt(replace(SHAPE, joined=True), (1, 1, 1))
