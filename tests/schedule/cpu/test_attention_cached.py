@@ -23,6 +23,7 @@ SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask=
 Lengths = tuple[int | None, int | None]
 UNKNOWN: Lengths = (None, None)
 LARGE = 1_000_000
+FLOAT_LOWEST = float(np.finfo(np.float32).min)
 
 
 @cache
@@ -173,8 +174,9 @@ class Layer:
         products = shape.scale * np.abs(q) @ np.abs(wide_k).swapaxes(-1, -2)
         scores = shape.scale * q @ wide_k.swapaxes(-1, -2)
         added = np.zeros_like(scores) if mask is None else scores * 0 + mask
-        # A score that is hidden has no weight, whatever it is.
-        shown = np.where(added > -1e30, np.abs(added), 0)
+        # A score that is hidden has no weight, whatever it is, and of a row of the lowest number all are that number;
+        # beside any other large one, float has few bits left for them.
+        shown = np.where((added > -1e4) | (added.max(-1, keepdims=True) == -1e9), np.abs(added), 0)
         off = ((shape.size + BLOCK + 16) * products + 4 * (products + shown)).max(-1, keepdims=True) * EPSILON
         scores = scores + added
         peak = scores.max(-1, keepdims=True)
@@ -187,7 +189,8 @@ class Layer:
             codes = np.abs(np.repeat(kc, group, 0).astype(np.float64)).sum(-1)
             steps = 0.5 * asked.max(-1)[..., None] / 127 * codes[:, :, None]  # heads, blocks, queries, tokens
             off = off + steps.max((1, 3))[..., None]
-        moved = np.expm1(2 * off) + 2 * (3e-7 + (2 * BLOCK + total + 4 * total // BLOCK) * EPSILON)
+        with np.errstate(over="ignore"):
+            moved = np.expm1(2 * off) + 2 * (3e-7 + (2 * BLOCK + total + 4 * total // BLOCK) * EPSILON)
         bound = moved * (weights @ np.abs(wide_v))
         if rounded:
             vc, vs = (np.stack(x, 1) for x in zip(*sequence[1].blocks, strict=True))
@@ -199,24 +202,140 @@ class Layer:
         return np.asarray(bound + 1e-30)
 
 
-def causal(
-    layer: Layer, queries: int, hide: float = -np.inf, window: int = LARGE, padded: tuple[int, ...] = ()
-) -> np.ndarray:
-    """A mask bms of all tokens there will be: none sees a later one, one a window before, or what is padded."""
-    starts = np.array(layer.lengths)[:, None, None]
+def seen(layer: Layer, queries: int, window: int = LARGE, padded: tuple[int, ...] = ()) -> np.ndarray:
+    """Which of all tokens there will be a new one sees, axes bms: none behind it, a window before, or padded."""
     numbers = np.arange(max(layer.lengths) + queries)
-    own = starts + np.arange(queries)[:, None]
-    seen = (numbers <= own) & (numbers > own - window)
+    own = np.array(layer.lengths)[:, None, None] + np.arange(queries)[:, None]
+    result = (numbers <= own) & (numbers > own - window)
     for b, count in enumerate(padded):
-        seen[b, :, :count] = False
-    return np.where(seen, 0, hide).astype(np.float32)[:, None]
+        result[b, :, :count] = False
+    return result
 
 
-CALLS = (1, 5, 64, 1, 200, 1, 1, 3, 70)
+def mask_of(shown: np.ndarray, hide: float = -np.inf) -> np.ndarray:
+    """Axes b1ms."""
+    return np.where(shown, 0, hide).astype(np.float32)[:, None]
 
 
 @pytest.mark.parametrize("window", [0, 64, 1024])
 def test_calls(tier: str, window: int) -> None:
-    layer = Layer(window=window)
-    for count in CALLS:
-        layer.check(tier, layer.tokens(count), causal(layer, count))
+    """Prompts and steps, also of a cache in which nothing is ever packed."""
+    layer = Layer(window=window, batch=1)
+    lengths = UNKNOWN if tier == "avx2" else (1, None)
+    for count in (1, 5, 64, 1, 200, 1, 1, 3, 70):
+        layer.check(tier, layer.tokens(count), mask_of(seen(layer, count)), lengths=lengths)
+
+
+@pytest.mark.parametrize("hide", [-np.inf, FLOAT_LOWEST, -1e9])
+def test_masks(hide: float) -> None:
+    """Of sequences of different lengths: padding, a sliding window, and what looks ahead; in steps and prompts."""
+    layer = Layer()
+    layer.check("avx2", layer.tokens(300), mask_of(seen(layer, 300, padded=(70, 3)), hide))
+    layer.check("avx2", layer.tokens(2), mask_of(seen(layer, 2), hide)[..., :302], [130, 300])
+    for count in (1, 4, 21, 100):
+        layer.check("avx2", layer.tokens(count), mask_of(seen(layer, count, padded=(1, 129)), hide))
+        layer.check("avx2", layer.tokens(count), mask_of(seen(layer, count, window=40), hide))
+        random = normal(count, 2, 1, count, max(layer.lengths) + count + 5)
+        layer.check("avx2", layer.tokens(count), np.where(random > -1, random, np.float32(hide)))
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_queries_that_see_nothing(count: int) -> None:
+    """Zeros; but if all that hides is a number, however large, nothing is hidden."""
+    layer = Layer()
+    layer.check("avx2", layer.tokens(200), mask_of(seen(layer, 200)))
+    shown = seen(layer, count)
+    shown[0, :2] = shown[1] = False
+    got = layer.call("avx2", layer.tokens(count), mask_of(shown))
+    assert not got[0, :, :2].any()
+    assert not got[1].any()
+    assert np.abs(got[0, :, 2:]).min() > 0
+    layer.check("avx2", layer.tokens(count), mask_of(shown, FLOAT_LOWEST), [200, 200])
+
+
+def test_cuts() -> None:
+    """To nothing, within blocks and the tail, and not at all, however much is asked for."""
+    layer = Layer(window=0)
+    for count, past in (
+        (200, [0, 0]),
+        (5, [100, 199]),
+        (1, [0, 204]),
+        (70, [1, 64]),
+        (3, [70, 0]),
+        (30, [LARGE, LARGE]),
+    ):
+        have = layer.lengths
+        kept = [min(a, b) for a, b in zip(past, have, strict=True)]
+        mask = np.zeros((2, 1, count, max(kept) + count), np.float32)
+        layer.check("avx2", layer.tokens(count), mask, past)
+
+
+@pytest.mark.parametrize("planes", [(2, 2), (3, 1)])
+def test_planes(planes: tuple[int, int]) -> None:
+    """Many queries see all numbers as they are; few may be rounded."""
+    layer = Layer(planes=planes, batch=1)
+    known: Lengths = UNKNOWN if planes == (2, 2) else (1, 450)
+    for count, rounded in ((450, False), (2, False), (2, True)):
+        layer.rounded = rounded
+        mask = mask_of(seen(layer, count, window=300))
+        layer.check("avx2", layer.tokens(count), mask, lengths=known if count == 450 else (1, count))
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts"),
+    [
+        (Attention(3, 1, 64, 64, 0.125, mask="hms"), (150, 3)),
+        (Attention(2, 2, 96, 20, 0.1, query="bhld", key="bhdl", value="bhld", out="lbhd"), (150, 3)),
+        (Attention(2, 1, 40, 16, 0.2, mask="bs"), (150, 3)),
+        (Attention(2, 1, 16, 16, 0.2, mask="bm"), (150,)),
+    ],
+    ids=["one head of keys", "no groups, no mask, other layouts", "padding", "no axis of keys"],
+)
+def test_shapes(shape: Attention, counts: tuple[int, ...]) -> None:
+    layer = Layer(shape, batch=1)
+    for count in counts * 2:
+        extents = {"b": 1, "h": shape.heads, "m": count, "s": max(layer.lengths) + count}
+        mask = normal(count, *(extents[axis] if axis in shape.mask else 1 for axis in "bhms"))
+        layer.check("avx2", layer.tokens(count), mask if shape.mask else None, lengths=(1, count))
+
+
+@pytest.mark.parametrize("hide", [-np.inf, FLOAT_LOWEST])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_what_is_hidden_moves_no_bit(count: int, hide: float) -> None:
+    """Tokens in float and packed ones; and blocks of which nothing is seen need not even hold numbers."""
+    results = []
+    for changed in (False, True):
+        layer = Layer()
+        layer.check("avx2", layer.tokens(500), mask_of(seen(layer, 500)))
+        tokens = layer.tokens(count)
+        shown = seen(layer, count, padded=(130, 130))
+        shown[:, :, [140, 150, 470, 480]] = False
+        if changed:
+            words, key_scale, value_words, value_scale, tail_k, tail_v = (x.numpy() for x in layer.state[:6])
+            words[:, :, :2], value_words[:, :, :2] = 0x12345678, 0x87654321
+            key_scale[:, :, :2] = value_scale[:, :, :2] = np.nan
+            for token in (140, 150):
+                block, row = divmod(token, BLOCK)
+                words[:, :, block, row // 16, :, row % 16] ^= 0x33333333
+                value_scale[:, :, block, row] *= -3
+            start = BLOCK * int(layer.state[-2].numpy()[0])
+            tail_k[:, :, [470 - start, 480 - start]] = 100
+            tail_v[:, :, [470 - start, 480 - start]] = -1e30
+            for to, x in zip(layer.state, (words, key_scale, value_words, value_scale, tail_k, tail_v), strict=False):
+                to.copyfrom(x)
+        results.append(layer.call("avx2", tokens, mask_of(shown, hide)))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_block_that_is_no_number_shows(count: int) -> None:
+    """Where something of it is seen, as in float attention; the other sequence has nothing of it."""
+    layer = Layer()
+    layer.check("avx2", layer.tokens(300), mask_of(seen(layer, 300)))
+    scale = layer.state[1].numpy()
+    scale[1, 1, 1, 3] = np.nan
+    layer.state[1].copyfrom(scale)
+    got = layer.call("avx2", layer.tokens(count), mask_of(seen(layer, count)))
+    assert np.isfinite(got[0]).all()
+    assert np.isfinite(got[1, :2]).all()
+    assert np.isnan(got[1, 2:]).all()
