@@ -38,6 +38,8 @@ def test_what_fails_in_a_call_is_told_and_the_next_run_works() -> None:
     assert len(called.run([sample(3)], attention_of)) == 1
     with pytest.raises(InputError, match="no sample"):
         called.run([], attention_of)
+    with pytest.raises(InputError, match="mask"):
+        called.run([{"x": sample(3)["x"]}], attention_of)
 
 
 def test_errors_are_of_each_head_of_keys_and_of_queries_that_see_something_packed() -> None:
