@@ -76,7 +76,7 @@ class CalledAttention:
             If there is no sample, or one does not fit the model.
         """
         # Samples of one shape run together; with them in a row, what comes out is in the order of what went in.
-        shapes = [tuple(np.shape(sample.get(spec.name)) for spec in self.model.inputs) for sample in samples]
+        shapes = [tuple(np.shape(sample.get(spec.name, ())) for spec in self.model.inputs) for sample in samples]
         order = sorted(range(len(samples)), key=lambda n: shapes.index(shapes[n]))
         batches = Batches(self.model, self._segments, [samples[n] for n in order], self._runner)
         with _computed_by(self.calls, attend):
