@@ -31,17 +31,18 @@ namespace json = tvm::ffi::json;
 using Dims = std::map<std::string, int64_t>;
 
 static const char kUsage[] =
-    "usage: runner [--device cpu|cuda:N] [--repeat N] [--dim NAME=SIZE]... [--output DIR]\n"
+    "usage: runner [--device cpu|cuda:N] [--repeat N] [--dim NAME=SIZE]... [--tokens N] [--output DIR]\n"
     "              MODEL.so [INPUT.npy ...]\n"
     "Inputs come in the order of the model; without any they are made up, the same ones every time. A dimension that\n"
-    "is not given is 1 if it leads a shape, else 32. --output writes each result to DIR/output_N.npy. The variable\n"
+    "is not given is 1 if it leads a shape, else 32. --output writes each result to DIR/output_N.npy. A model\n"
+    "that keeps keys and values starts without any and has room for --tokens of them (4096). The variable\n"
     "TVM_NUM_THREADS says how many threads compute.\n";
 
 struct Options {
   std::string device, output, model;
   std::vector<std::string> inputs;
   Dims dims;
-  int repeat = 0;
+  int repeat = 0, tokens = 4096;
 };
 
 // An array in the memory of the host, C order.
@@ -236,9 +237,6 @@ static DLDevice OpenDevice(const std::string& name, const json::Value& target) {
 }
 
 static std::vector<Array> ReadInputs(const json::Value& manifest, const Options& options) {
-  if (!List(manifest, "caches").empty()) {
-    Fail("the model keeps keys and values from run to run; load it in Python, or compile with --attention full");
-  }
   const json::Array specs = List(manifest, "inputs");
   const auto bounds = Member(manifest, "bounds").cast<ffi::Map<ffi::String, int64_t>>();
   const bool given = !options.inputs.empty();
@@ -293,6 +291,8 @@ static Options ParseOptions(const std::vector<std::string>& words) {
       options.output = value;
     } else if (option == "--repeat") {
       options.repeat = Number(option, value);
+    } else if (option == "--tokens") {
+      options.tokens = Number(option, value);
     } else if (option == "--dim" && equals != std::string::npos) {
       options.dims[value.substr(0, equals)] = Number(option, value.substr(equals + 1));
     } else {
@@ -303,6 +303,61 @@ static Options ParseOptions(const std::vector<std::string>& words) {
   options.model = words[i];
   options.inputs.assign(words.begin() + static_cast<std::ptrdiff_t>(i) + 1, words.end());
   return options;
+}
+
+// The size of a dimension: a number, or that of an input that has one of this name.
+static int64_t SizeOf(const json::Value& dim, const json::Value& manifest, const std::vector<Array>& inputs) {
+  const auto name = dim.as<ffi::String>();
+  if (!name) return dim.cast<int64_t>();
+  const json::Array specs = List(manifest, "inputs");
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const json::Array shape = List(specs[i], "shape");
+    for (size_t axis = 0; axis < shape.size(); ++axis) {
+      if (shape[axis].as<ffi::String>() == name) return inputs[i].shape[axis];
+    }
+  }
+  Fail("dimension " + std::string(*name) + ": no input has it");
+}
+
+// Memory of a model that keeps keys and values: no tokens yet. What a step needs is written here: the first argument is
+// how many tokens there are, the second the same for each sequence, and a run appends its own to the arrays behind. The
+// next run is told one number more for each; a smaller one cuts what is beyond.
+static void AddCaches(const json::Value& manifest, const std::vector<Array>& inputs, int64_t tokens, DLDevice device,
+                      std::vector<ffi::Any>* arguments) {
+  const json::Array caches = List(manifest, "caches");
+  if (caches.empty()) return;
+  const auto add = [&](const char* dtype, const std::vector<int64_t>& shape) {
+    Array zeros{dtype, shape, std::vector<char>(static_cast<size_t>(Elements(shape) * ItemBytes(dtype)))};
+    arguments->push_back(Upload(zeros, device));
+  };
+  const int64_t batch = SizeOf(Member(caches[0], "batch"), manifest, inputs);
+  arguments->push_back(ffi::Shape({0}));
+  add("int32", {batch});
+  constexpr int64_t kBlock = 64, kLanes = 16;
+  const auto up = [](int64_t count, int64_t unit) { return (count + unit - 1) / unit; };
+  for (const json::Value& cache : caches) {
+    const auto number = [&](const char* key) { return Member(cache, key).cast<int64_t>(); };
+    const int64_t heads = number("kv_heads"), size = number("size"), value_size = number("value_size");
+    const int64_t whole = up(tokens, kBlock) * kBlock;
+    const bool all = Member(cache, "window").as<int64_t>() == std::nullopt;
+    const int64_t window = all ? whole : std::min(number("window"), whole);
+    const int64_t blocks = std::max<int64_t>(1, (tokens - window) / kBlock);
+    // Words of 16 numbers of one plane, or 8 of two, for 16 rows beside each other; then a scale for each column.
+    const auto packed = [&](int64_t rows, int64_t terms, int64_t planes, int64_t scales) {
+      for (int64_t count : {planes % 2 ? 16 : 0, planes > 1 ? 8 : 0}) {
+        if (count) add("uint32", {batch, heads, blocks, up(rows, kLanes), up(terms, count), kLanes});
+      }
+      add("float32", {batch, heads, blocks, scales});
+    };
+    packed(kBlock, size, number("key_planes"), size);
+    if (number("value_planes") > 0) {
+      packed(value_size, kBlock, number("value_planes"), kBlock);
+    } else {
+      add("float32", {batch, heads, blocks, kBlock, value_size});
+    }
+    for (int64_t elements : {size, value_size}) add("float32", {batch, heads, window + kBlock, elements});
+    for (int i = 0; i < 2; ++i) add("int32", {batch});
+  }
 }
 
 static ffi::Any Call(const ffi::Function& function, const std::vector<ffi::Any>& arguments, DLDevice device) {
@@ -328,6 +383,7 @@ static void Run(const Options& options) {
   const ffi::Function main = machine->GetFunction("main").value();
   std::vector<ffi::Any> arguments;
   for (const Array& input : inputs) arguments.push_back(Upload(input, device));
+  AddCaches(manifest, inputs, options.tokens, device, &arguments);
   UploadWeights(manifest, options.model, device, &arguments);
 
   const ffi::Any result = Call(main, arguments, device);
