@@ -127,7 +127,7 @@ def cached_attention(
     value_size : int, optional
         Elements of a value's head. None: ``size``.
     planes : int or (int, int)
-        Ternary planes, 1 to 3, of keys and of values.
+        Ternary planes, 1 to 3, of keys and of values. Of values 0: they stay float.
     window : int
         Last tokens that stay in float32, a multiple of 64.
     scale : float, optional

@@ -20,7 +20,7 @@ BLOCK = 64
 """Tokens of a packed block."""
 
 _LANES = 16
-_PLANES = (1, 2, 3)
+_PLANES = {"key_planes": (1, 2, 3), "value_planes": (0, 1, 2, 3)}
 _FULL = "cut it to fewer tokens, or make a cache of a larger capacity"
 
 
@@ -37,7 +37,7 @@ class CacheShape:
     capacity : int
         Tokens that any sequence may have.
     key_planes, value_planes : int
-        1 to 3: ternary planes of a number.
+        1 to 3: ternary planes of a number. Values may have none: then they stay float in blocks, too.
     window : int
         Tokens that stay in float, a multiple of `BLOCK`.
 
@@ -60,9 +60,10 @@ class CacheShape:
         for name in ("batch", "kv_heads", "size", "value_size", "capacity"):
             if getattr(self, name) < 1:
                 raise OptionError(f"cache {name} {getattr(self, name)}", "is too small; expected at least 1")
-        for name in ("key_planes", "value_planes"):
-            if getattr(self, name) not in _PLANES:
-                raise OptionError(f"cache {name} {getattr(self, name)}", "does not exist; expected 1 to 3")
+        for name, planes in _PLANES.items():
+            if getattr(self, name) not in planes:
+                expected = f"expected {planes[0]} to {planes[-1]}"
+                raise OptionError(f"cache {name} {getattr(self, name)}", f"does not exist; {expected}")
         if self.window < 0 or self.window % BLOCK:
             raise OptionError(f"cache window {self.window}", f"is no multiple of {BLOCK}")
 
@@ -78,7 +79,10 @@ class CacheShape:
 
     @property
     def arrays(self) -> list[tuple[tuple[int, ...], str]]:
-        """Shapes and dtypes of the arguments: key words, their scale, value words, theirs, both tails, both counts."""
+        """Shapes and dtypes of the arguments: key words, their scale, value words, theirs, both tails, both counts.
+
+        Values without planes are one array in place of words and scale.
+        """
         outer = (self.batch, self.kv_heads)
         blocks = (*outer, self.blocks)
         keys = _words(BLOCK, self.size, self.key_planes)
@@ -87,7 +91,7 @@ class CacheShape:
             *(((*blocks, *words), "uint32") for words in keys),
             ((*blocks, self.size), "float32"),
             *(((*blocks, *words), "uint32") for words in values),
-            ((*blocks, BLOCK), "float32"),
+            ((*blocks, BLOCK) if self.value_planes else (*blocks, BLOCK, self.value_size), "float32"),
             ((*outer, self.room, self.size), "float32"),
             ((*outer, self.room, self.value_size), "float32"),
             *[((self.batch,), "int32")] * 2,

@@ -40,7 +40,10 @@ def laid(x: np.ndarray, layout: str) -> np.ndarray:
 
 
 class Remembered:
-    """The keys, or the values, of one sequence: blocks as numbers and scales, then tokens in float."""
+    """The keys, or the values, of one sequence: blocks as numbers and scales, then tokens in float.
+
+    Without planes the numbers are the tokens, and scales one.
+    """
 
     def __init__(self, heads: int, size: int, planes: int, axis: int) -> None:
         self.planes, self.axis = planes, axis
@@ -61,7 +64,9 @@ class Remembered:
     def append(self, new: np.ndarray, window: int) -> None:
         self.tail = np.concatenate([self.tail, new], 1)
         while self.tail.shape[1] >= window + BLOCK:
-            self.blocks.append(quantize_block(self.tail[:, :BLOCK], self.planes, self.axis))
+            block = self.tail[:, :BLOCK]
+            exact = block, np.ones(block.shape[:-1], np.float32)
+            self.blocks.append(quantize_block(block, self.planes, self.axis) if self.planes else exact)
             self.tail = self.tail[:, BLOCK:]
 
 
@@ -192,7 +197,7 @@ class Layer:
         with np.errstate(over="ignore"):
             moved = np.expm1(2 * off) + 2 * (3e-7 + (2 * BLOCK + total + 4 * total // BLOCK) * EPSILON)
         bound = moved * (weights @ np.abs(wide_v))
-        if rounded:
+        if rounded and self.planes[1]:
             vc, vs = (np.stack(x, 1) for x in zip(*sequence[1].blocks, strict=True))
             blocks = vs.shape[1]
             packed = weights[..., : blocks * BLOCK].reshape(*weights.shape[:2], blocks, BLOCK)
@@ -270,15 +275,16 @@ def test_cuts() -> None:
         layer.check("avx2", layer.tokens(count), mask, past)
 
 
-@pytest.mark.parametrize("planes", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("planes", [(2, 2), (3, 1), (1, 0)])
 def test_planes(planes: tuple[int, int]) -> None:
-    """Many queries see all numbers as they are; few may be rounded."""
+    """Many queries see all numbers as they are; few may be rounded. Last, a cut brings tokens of a block back."""
     layer = Layer(planes=planes, batch=1)
     known: Lengths = UNKNOWN if planes == (2, 2) else (1, 450)
     for count, rounded in ((450, False), (2, False), (2, True)):
         layer.rounded = rounded
         mask = mask_of(seen(layer, count, window=300))
         layer.check("avx2", layer.tokens(count), mask, lengths=known if count == 450 else (1, count))
+    layer.check("avx2", layer.tokens(2), np.zeros((1, 1, 2, 102), np.float32), [100], lengths=(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.schedule.cpu.attention.operands import Operands, Run
 from tvm_ternary.schedule.cpu.attention.packed import Cache, Packed
-from tvm_ternary.schedule.cpu.attention.parts import KeyPart, Part, ValuePart
+from tvm_ternary.schedule.cpu.attention.parts import FloatPart, KeyPart, Part, ValuePart
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space
 from tvm_ternary.schedule.cpu.simd import Simd
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
@@ -151,21 +151,16 @@ def appending(cache: Cache, past: Var, new: Run, tail: Run, lanes: int) -> Appen
         Of a vector of float32.
     """
     shape, packed = cache.shape, cache.packed
-    parts = [
-        KeyPart(new.k, tail.k, new.key, tail.key, cache.keys, cache.key_scale, shape.size, packed.key_planes, lanes),
-        ValuePart(
-            new.v,
-            tail.v,
-            new.value,
-            tail.value,
-            cache.values,
-            cache.value_scale,
-            shape.value_size,
-            packed.value_planes,
-            lanes,
-        ),
-    ]
-    return Appending(cache, past, parts, new.count, tail.count - BLOCK)
+    of_keys = KeyPart(
+        new.k, tail.k, new.key, tail.key, shape.size, lanes, cache.keys, cache.key_scale, packed.key_planes
+    )
+    values = new.v, tail.v, new.value, tail.value, shape.value_size, lanes
+    of_values = (
+        ValuePart(*values, cache.values, cache.value_scale, packed.value_planes)
+        if packed.value_planes
+        else FloatPart(*values, cache.float_values)
+    )
+    return Appending(cache, past, [of_keys, of_values], new.count, tail.count - BLOCK)
 
 
 def append_tokens(

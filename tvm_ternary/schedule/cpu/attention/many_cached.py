@@ -71,15 +71,8 @@ class ManyCached(Many):
         old = tirx.max(tirx.min(new.start - first, count), index(0))
 
         def token(source: Run, j: Expr) -> Stmt:
-            def part(to: Var, read: Callable[..., Expr], size: int) -> list[Stmt]:
-                def element(d: Expr) -> Stmt:
-                    return BufferStore(to, read(self.tile.batch, self.kv, first + j, d), [j, d])
-
-                # The overlapped start of the last vector is written twice, the same each time.
-                return strips(size, self.lanes, lambda base, width, _: vector(width, lambda lane: element(base + lane)))
-
             return sequence(
-                part(self.k, source.key_at, self.shape.size), part(self.v, source.value_at, self.shape.value_size)
+                self._copy_row(self.k, source.key_at, first, j), self._copy_row(self.v, source.value_at, first, j)
             )
 
         return sequence(
@@ -87,16 +80,27 @@ class ManyCached(Many):
             loop(count - old, lambda j: token(new, old + j), name="new"),
         )
 
+    def _copy_row(self, to: Var, read: Callable[..., Expr], first: Expr, j: Expr) -> Stmt:
+        """The key or value ``first + j``."""
+        size = self.shape.size if to is self.k else self.shape.value_size
+
+        def element(d: Expr) -> Stmt:
+            return BufferStore(to, read(self.tile.batch, self.kv, first + j, d), [j, d])
+
+        # The overlapped start of the last vector is written twice, the same each time.
+        return sequence(
+            strips(size, self.lanes, lambda base, width, _: vector(width, lambda lane: element(base + lane)))
+        )
+
     def _unpack(self, block: Expr) -> Stmt:
         """Make floats of a block."""
         packed, at = self.cache.packed, [self.tile.batch, self.kv, block]
+        keys, values = packed.key_planes, packed.value_planes
         return sequence(
-            self._each_strip(
-                digits(packed.key_planes), BLOCK, self.shape.size, lambda *strip: self._keys_from(at, *strip)
-            ),
-            self._each_strip(
-                digits(packed.value_planes), self.shape.value_size, BLOCK, lambda *strip: self._values_from(at, *strip)
-            ),
+            self._each_strip(digits(keys), BLOCK, self.shape.size, lambda *strip: self._keys_from(at, *strip)),
+            self._each_strip(digits(values), self.shape.value_size, BLOCK, lambda *strip: self._values_from(at, *strip))
+            if values
+            else loop(BLOCK, lambda j: self._copy_row(self.v, self.cache.value_at, block * BLOCK, j), name="value"),
         )
 
     def _keys_from(self, at: Sequence[Expr], row: Expr, start: Expr, count: int) -> Stmt:

@@ -53,6 +53,7 @@ class Packed:
     Parameters
     ----------
     key_planes, value_planes : int
+        No planes of values: those of blocks stay float.
     dot : ByteDot or None
         Of the tier, to multiply bytes; None for floats.
     """
@@ -96,6 +97,15 @@ class Cache:
         return self._buffer("value_scale", "float32", BLOCK)
 
     @cached_property
+    def float_values(self) -> Var:
+        """In place of words and scales, where values have no planes."""
+        return self._buffer("values", "float32", BLOCK, self.shape.value_size)
+
+    @property
+    def value_params(self) -> list[Var]:
+        return [*self.values, self.value_scale] if self.packed.value_planes else [self.float_values]
+
+    @cached_property
     def full(self) -> Var:
         return tirx.decl_buffer([self.batch], "int32", "full")
 
@@ -106,7 +116,16 @@ class Cache:
     @property
     def packed_params(self) -> list[Var]:
         """What is packed, in the order of arguments."""
-        return [*self.keys, self.key_scale, *self.values, self.value_scale]
+        return [*self.keys, self.key_scale, *self.value_params]
+
+    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        """Keys are read as numbers."""
+        raise NotImplementedError
+
+    def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
+        """An element of a value of a block, where these are float."""
+        block, token = tirx.floordiv(key, index(BLOCK)), tirx.floormod(key, index(BLOCK))
+        return self.float_values[batch, kv, block, token, d]
 
     def counts(self, batch: Expr) -> tuple[Expr, Expr]:
         """Blocks and last tokens of a sequence."""
@@ -151,13 +170,18 @@ class FewPacked(Few):
         self.full, self.recent = cache.counts(batch)
         shape, packed = self.shape, cache.packed
         self.asked = Multiplied("q", self.rows, shape.size, 1, self.lanes, packed.dot, packed.key_planes)
-        self.weights = Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed.dot, packed.value_planes)
+        self.weights = (
+            Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed.dot, packed.value_planes)
+            if packed.value_planes
+            else None
+        )
         self.scores = buffer("scores", self.rows, SPAN * BLOCK)
 
     def write(self) -> Stmt:
         """All keys for these rows."""
-        body = sequence(self.asked.clear(), self.weights.clear(), super().write())
-        return scope("packed", body, [*self.asked.buffers, *self.weights.buffers])
+        multiplied = [self.asked, *([self.weights] if self.weights else [])]
+        body = sequence([one.clear() for one in multiplied], super().write())
+        return scope("packed", body, [buffer for one in multiplied for buffer in one.buffers])
 
     def _over_keys(self) -> Stmt:
         floats = [
@@ -230,22 +254,29 @@ class FewPacked(Few):
     def _span(self, first: Expr, count: Expr) -> Stmt:
         """Some blocks: scores one by one, then weights and values of all."""
         tokens = count * BLOCK
-        value_groups = -(-self.shape.value_size // LANES)
-
-        def weigh(row: Expr) -> Stmt:
-            # The scales of the blocks lie one behind the other, so the token's number may go beyond its block.
-            scale = self.cache.value_scale
-            return self.weights.load(row, tokens, lambda j: self.scores[row, j] * scale[self.batch, self.kv, first, j])
-
         return sequence(
             loop(count, lambda n: self._scores_of(first + n, n * BLOCK), name="block"),
             loop(self.rows, lambda row: self._softmax(row, tokens), name="row"),
+            self._packed_values(self.weights, first, count)
+            if self.weights
+            else self._values(self.cache, first * BLOCK, tokens),
+        )
+
+    def _packed_values(self, weights: Multiplied, first: Expr, count: Expr) -> Stmt:
+        def weigh(row: Expr) -> Stmt:
+            # The scales of the blocks lie one behind the other, so the token's number may go beyond its block.
+            scale = self.cache.value_scale
+            return weights.load(
+                row, count * BLOCK, lambda j: self.scores[row, j] * scale[self.batch, self.kv, first, j]
+            )
+
+        return sequence(
             loop(self.rows, weigh, name="row"),
-            self.weights.multiply(
+            weights.multiply(
                 self.cache.values,
                 lambda n: [self.batch, self.kv, first + n],
                 count,
-                value_groups,
+                -(-self.shape.value_size // LANES),
                 self.on.simd.registers,
                 self._add_values,
             ),

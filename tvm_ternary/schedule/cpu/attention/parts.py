@@ -35,12 +35,8 @@ class Part:
     new, tail : Var
         Tokens in float, of layouts ``new_layout`` and ``layout``.
     new_layout, layout : str
-    words : sequence of Var
-        One for each of `digits`.
-    scale : Var
     size : int
         Elements of a head.
-    planes : int
     lanes : int
         Of a vector of float32.
     """
@@ -49,20 +45,8 @@ class Part:
     tail: Var
     new_layout: str
     layout: str
-    words: Sequence[Var]
-    scale: Var
     size: int
-    planes: int
     lanes: int
-
-    @property
-    def fields(self) -> tuple[Digits, ...]:
-        return digits(self.planes)
-
-    @property
-    def padded(self) -> int:
-        """Bytes from one token's numbers to the next one's: whole words of keys, and whole groups of values."""
-        return -(-self.size // LANES) * LANES
 
     def take(self, head: Sequence[Expr], token: Expr, source: Expr) -> Stmt:
         """Put a new token into the tail."""
@@ -74,17 +58,86 @@ class Part:
 
     def bring_back(self, at: Sequence[Expr], token: Expr) -> Stmt:
         """Put what a token of a block stands for into the tail."""
+        raise NotImplementedError
+
+    def pack(self, at: Sequence[Expr]) -> Stmt:
+        """Make a block of the first tokens of the tail."""
+        raise NotImplementedError
+
+    def _tail_at(self, head: Sequence[Expr], token: Expr, d: Expr) -> list[Expr]:
+        return place(self.layout, head[0], head[1], token, d)
+
+    def _tail(self, head: Sequence[Expr], token: Expr, d: Expr) -> Expr:
+        return self.tail[tuple(self._tail_at(head, token, d))]
+
+    def _fill(self, head: Sequence[Expr], token: Expr, read: Callable[[Expr], Expr]) -> Stmt:
+        return self._each(lambda d: BufferStore(self.tail, read(d), self._tail_at(head, token, d)))
+
+    def _each(self, write: Callable[[Expr], Stmt]) -> Stmt:
+        """A statement for each element of a head."""
+        # The overlapped start of the last vector is written twice, the same each time.
+        return sequence(
+            strips(self.size, self.lanes, lambda base, width, _: vector(width, lambda lane: write(base + lane)))
+        )
+
+
+@dataclass(frozen=True)
+class FloatPart(Part):
+    """Blocks are float, too.
+
+    Parameters
+    ----------
+    blocks : Var
+        (batch, heads, blocks, `BLOCK`, size)
+    """
+
+    blocks: Var
+
+    def bring_back(self, at: Sequence[Expr], token: Expr) -> Stmt:
+        return self._fill(at[:2], token, lambda d: self.blocks[(*at, token, d)])
+
+    def pack(self, at: Sequence[Expr]) -> Stmt:
+        def element(token: Expr, d: Expr) -> Stmt:
+            return BufferStore(self.blocks, self._tail(at[:2], token, d), [*at, token, d])
+
+        return loop(BLOCK, lambda token: self._each(lambda d: element(token, d)), name="token")
+
+
+@dataclass(frozen=True)
+class TernaryPart(Part):
+    """Blocks are words, an array for each of `digits`, and their scales.
+
+    Parameters
+    ----------
+    words : sequence of Var
+    scale : Var
+    planes : int
+    """
+
+    words: Sequence[Var]
+    scale: Var
+    planes: int
+
+    @property
+    def fields(self) -> tuple[Digits, ...]:
+        return digits(self.planes)
+
+    @property
+    def padded(self) -> int:
+        """Bytes from one token's numbers to the next one's: whole words of keys, and whole groups of values."""
+        return -(-self.size // LANES) * LANES
+
+    def bring_back(self, at: Sequence[Expr], token: Expr) -> Stmt:
         head = at[:2]
 
         def element(d: Expr) -> Stmt:
             number = sum((self._weighted(at, n, token, d) for n in range(len(self.fields))), start=tirx.const(0))
             value = number.astype("float32") * self._scale(at, token, d)
-            return BufferStore(self.tail, value, place(self.layout, head[0], head[1], token, d))
+            return BufferStore(self.tail, value, self._tail_at(head, token, d))
 
         return loop(self.size, element, name="d")
 
     def pack(self, at: Sequence[Expr]) -> Stmt:
-        """Make a block of the first tokens of the tail."""
         codes = [tirx.decl_buffer([index(BLOCK * self.padded)], "uint8", f"codes{n}") for n in range(len(self.fields))]
         # Words have no bit set behind the end.
         spare = [self._clear_behind(one) for one in codes] if self.padded > self.size else []
@@ -118,18 +171,6 @@ class Part:
         bits = T.shift_right(self.words[n][(*at, group, word, lane)], shift.astype("uint32"))
         number = T.bitwise_and(bits, T.uint32(2**field.bits - 1)).astype("int32") - field.offset
         return number * field.weight
-
-    def _tail(self, head: Sequence[Expr], token: Expr, d: Expr) -> Expr:
-        return self.tail[tuple(place(self.layout, head[0], head[1], token, d))]
-
-    def _fill(self, head: Sequence[Expr], token: Expr, read: Callable[[Expr], Expr]) -> Stmt:
-        def element(d: Expr) -> Stmt:
-            return BufferStore(self.tail, read(d), place(self.layout, head[0], head[1], token, d))
-
-        # The overlapped start of the last vector is written twice, the same each time.
-        return sequence(
-            strips(self.size, self.lanes, lambda base, width, _: vector(width, lambda lane: element(base + lane)))
-        )
 
     def _clear_behind(self, codes: Var) -> Stmt:
         zero = tirx.const(0, "uint8")
@@ -171,7 +212,7 @@ class Part:
         return stores
 
 
-class KeyPart(Part):
+class KeyPart(TernaryPart):
     """An element of a head has one scale in a block, and a word is of one token."""
 
     def _round(self, at: Sequence[Expr], codes: Sequence[Var]) -> Stmt:
@@ -239,7 +280,7 @@ class KeyPart(Part):
         return token, d
 
 
-class ValuePart(Part):
+class ValuePart(TernaryPart):
     """A token has one scale, and a word is of one element of a head."""
 
     def _round(self, at: Sequence[Expr], codes: Sequence[Var]) -> Stmt:
