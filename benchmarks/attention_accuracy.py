@@ -19,19 +19,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+import tvm_ternary as tt
 from benchmarks.attention_accuracy_report import markdown, plot
 from benchmarks.kept import measure_missing
 from tvm_ternary.analysis import accuracy
-from tvm_ternary.convert.attention import CalledAttention, Errors, attention_errors, choose_planes
+from tvm_ternary.convert.attention import PLANES, CalledAttention, Errors, attention_errors, choose_planes
 from tvm_ternary.convert.float_model import SegmentRunner
 from tvm_ternary.convert.samples import load_samples
 from tvm_ternary.evaluation.attention import RoundedModel
 from tvm_ternary.graph.source import import_model
 from tvm_ternary.kernels.rounded_attention import Rounding
+from tvm_ternary.kernels.ternary_keys import BLOCK
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
@@ -39,7 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "attention_accuracy.jsonl"
 LONG, LONG_CONTEXT, LONG_BATCH = MODELS / "decoder-512", 512, 3
 BUDGET = 0.2
 CALIBRATION = 16
-WINDOWS = (0, 64)
+WINDOWS = (0, BLOCK)
 
 Arrays = dict[str, Any]
 Line = dict[str, Any]
@@ -142,8 +145,11 @@ ROUNDINGS = {
     for window in WINDOWS
     for planes in counts
 }
-ROWS = {f"{model} {name}": (model, name) for model in SUBJECTS for name in ("errors", *ROUNDINGS, "adaptive")}
-"""Row to its model, and what is measured: a rounding, ``errors`` of all heads, or planes chosen by these."""
+ROWS = {
+    **{f"{model} {name}": (model, name) for model in SUBJECTS for name in ("errors", *ROUNDINGS, "adaptive")},
+    f"{DECODER_LONG} library": (DECODER_LONG, "library"),
+}
+"""Row to its model, and what is measured: a rounding, ``errors`` of all heads, planes chosen by these, a library."""
 
 
 def main() -> None:
@@ -165,6 +171,8 @@ def measure(row: str) -> list[Line]:
         return [errors_line(model, window) for window in WINDOWS]
     if name == "adaptive":
         return [adaptive(model, window) for window in WINDOWS]
+    if name == "library":
+        return [library(model, planes) for planes in PLANES]
     rounding = ROUNDINGS[name]
     given = {"planes": rounding.key_planes, "rotated": rounding.rotated, "window": rounding.window}
     mode = "ternary-keys-values" if rounding.value_planes else "ternary-keys"
@@ -211,6 +219,34 @@ def figures(model: str, rounding: Rounding | dict[str, Rounding]) -> Line:
         "packed_share": run.packed_share,
         "samples": len(samples),
     }
+
+
+def library(model: str, planes: int, texts: int = 4) -> Line:
+    """Perplexity of a few texts, read token by token by a compiled library that keeps them inside; of the measure, too.
+
+    Beside keys and values, a library rounds queries and softmax's weights to int8, and packs one token later.
+    """
+    called, samples = opened(model)
+    samples = samples[:texts]
+    ids = np.concatenate([one["input_ids"] for one in samples])
+    with TemporaryDirectory() as folder:
+        options = {"attention": "ternary-keys-values", "kv_planes": planes, "kv_window": BLOCK}
+        compiled = tt.compile(SUBJECTS[model].path, Path(folder) / "d.so", layers=[], embeddings="float", **options)
+        module = tt.load(compiled.path, kv_tokens=ids.shape[1])
+        steps = [
+            module.run(
+                ["logits"], {"input_ids": ids[:, n : n + 1], "attention_mask": np.ones((texts, n + 1), np.int64)}
+            )
+            for n in range(ids.shape[1])
+        ]
+    rounded = RoundedModel(called, Rounding(planes, planes)).run(samples)
+    found = {
+        "float": perplexity(samples, float_outputs(model)[:texts]),
+        "measure": perplexity(samples, rounded),
+        "library": perplexity([{"input_ids": ids}], [{"logits": np.concatenate([y for (y,) in steps], axis=1)}]),
+    }
+    figures = {name: one["perplexity"] for name, one in found.items()}
+    return {"model": model, "kind": "library", "planes": planes, "window": BLOCK, "texts": texts, **figures}
 
 
 @cache

@@ -42,6 +42,14 @@ def test_writes_lines_a_table_and_a_picture(monkeypatch: pytest.MonkeyPatch, tmp
     assert markdown([]) == ""
 
 
+def test_what_a_library_gives_stands_beside() -> None:
+    figure = {"model": "d", "kind": "figure", "mode": "ternary-keys", "planes": 1, "window": 0, "rotated": False}
+    figure |= {"metrics": {"perplexity": [4.0, 4.1]}, "output_error": 0.1, "packed_share": 0.5}
+    library = {"model": "d", "kind": "library", "planes": 1, "window": 64, "texts": 4}
+    text = markdown([figure, library | {"float": 4.0, "measure": 4.25, "library": 4.5}])
+    assert "| d | 1 | 64 | 4.0000 | 4.2500 | 4.5000 |" in text
+
+
 def test_rows_are_of_known_models() -> None:
     models = {model for model, _ in attention_accuracy.ROWS.values()}
     assert models == set(attention_accuracy.SUBJECTS)
