@@ -31,7 +31,7 @@ from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.kernels.ternary_keys import BLOCK, STEPS, Digits, digits, packed_words
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.attention import device as own
-from tvm_ternary.schedule.cuda.attention.plan import array, check_sizes, placed
+from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_sizes, placed
 from tvm_ternary.schedule.cuda.attention.warp import const, local
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, any_rows, root_block
 
@@ -208,6 +208,7 @@ class _Append:
             launch("blockIdx.y", self.kv_heads) as kv,
             launch("blockIdx.z", 2 * self.batch) as z,
             launch("threadIdx.x", THREADS) as thread,
+            at_once(8),
         ):
             self._pack(T.Cast("int32", x), kv, z, thread)
         largest = max(part.size for part in self.parts)

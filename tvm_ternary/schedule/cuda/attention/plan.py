@@ -131,6 +131,13 @@ class Step:
         return WARPS if self._bytes_with(WARPS) <= SHARED_BYTES else WARPS // 2
 
     @property
+    def blocks_at_once(self) -> int:
+        """Thread blocks on a multiprocessor that registers leave room for."""
+        if max(self.shape.size, self.shape.value_size) > 2 * STEP:
+            return 2
+        return 4 if self.tiles == 1 else 3
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps
 
@@ -141,6 +148,14 @@ class Step:
     def _bytes_with(self, warps: int) -> int:
         # In the end what a warp says lies where its blocks were.
         return self.query_bytes + warps * max(self.warp_bytes, 4 * self.rows * self.partial)
+
+
+def at_once(blocks: int) -> Any:
+    """What is within runs in so many thread blocks on a multiprocessor, or more.
+
+    Without a word the assembler tries for one more than registers allow, and spills.
+    """
+    return T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", T.int32(blocks))
 
 
 def with_splits(step: Step) -> Step:

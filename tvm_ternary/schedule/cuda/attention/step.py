@@ -13,9 +13,9 @@ exchanges, and weights, times the tokens' scales and rounded the same way, becom
 values in sixteen.
 
 What it costs, for 128 elements, two planes and four rows: a block is 8,960 bytes, words and scales, which an H100's
-memory brings in 619 cycles of a multiprocessor (3.35 TB/s, 132 of them at 1.755 GHz). A warp has 899 instructions for
-it, counted in sm_90's machine code: 225 cycles of four schedulers. With one plane it is 895 (224) and 336 cycles of
-memory, with eight rows 1,414 (354) and 619. Products are 32 of these instructions; they would be 512 with dot products
+memory brings in 619 cycles of a multiprocessor (3.35 TB/s, 132 of them at 1.755 GHz). A warp has 873 instructions for
+it, counted in sm_90's machine code: 218 cycles of four schedulers. With one plane it is 872 (218) and 336 cycles of
+memory, with eight rows 1,397 (349) and 619. Products are 32 of these instructions; they would be 512 with dot products
 of bytes (dp4a, at half the rate of others), and 2,048 and as many conversions with floats: beside the rest more than
 memory leaves time for where there is one plane, or eight rows. Copies are asynchronous, keys of the next block on their
 way while values of this one are multiplied, and the reverse.
@@ -42,6 +42,7 @@ from tvm_ternary.schedule.cuda.attention.blocks import Blocks
 from tvm_ternary.schedule.cuda.attention.plan import (
     TILE,
     Step,
+    at_once,
     check_sizes,
     declare,
     head_and_query,
@@ -108,6 +109,7 @@ def _parts(step: Step, buffers: dict[str, Expr]) -> None:
         launch("blockIdx.y", step.shape.kv_heads * step.row_tiles) as y,
         launch("blockIdx.z", step.batch) as z,
         launch("threadIdx.x", step.threads) as thread,
+        at_once(step.blocks_at_once),
     ):
         _Parts(step, buffers, (x, y, z), thread).write()
 
