@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ import pytest
 import tvm_ternary
 from tests.graph.onnx.running import relative_error
 from tests.models import llama, mlp
+from tvm_ternary.build.package import package
 from tvm_ternary.convert.attention import CalledAttention
 from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.graph.importer import import_onnx
@@ -29,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers, four heads, two of keys, all weights float."""
     folder = tmp_path_factory.mktemp("decoder")
     onnx.save(llama(cache="both"), folder / "decoder.onnx")
-    options = {"layers": [], "embeddings": "float", "attention": "ternary-keys-values"}
+    options: dict[str, Any] = {"layers": [], "embeddings": "float", "attention": "ternary-keys-values"}
     return tvm_ternary.compile(folder / "decoder.onnx", folder / "decoder.so", **options).path
 
 
@@ -81,18 +84,44 @@ def test_until_something_is_packed_steps_are_one_pass(library: Path, whole: onnx
 
 def test_packed_tokens_are_what_their_planes_stand_for(library: Path) -> None:
     """Against numpy. What is left is that queries and weights are bytes: half a step of 127 each, twice a layer."""
-    ids, prompt = random_ids(200), 10
+    ids = random_ids(200)
+    rounding = Rounding(PLANES, PLANES)
+    got = feed(tvm_ternary.load(library, threads=1, kv_tokens=200), ids, 10)
+    assert relative_error(got, rounded(ids, [[rounding] * 4] * 2)) <= 4 * 0.5 / 127
+
+
+def rounded(ids: np.ndarray, roundings: list[list[Rounding]]) -> np.ndarray:
+    """Logits where a cache is as it is after the tokens before each, for layers and heads of queries."""
     model = CalledAttention(import_onnx(llama(cache="out")))
 
     def attend(number: int, q: Floats, k: Floats, v: Floats, mask: Floats | None) -> np.ndarray:
         length = q.shape[1]
         packed = np.maximum(np.arange(length) - WINDOW, 0) // BLOCK * BLOCK
         seen = replace(sight(mask, length, length, WINDOW), packed=packed)
-        return rounded_attention(q, k, v, model.calls[number].shape.scale, mask, Rounding(PLANES, PLANES), seen)
+        scale = model.calls[number].shape.scale
+        heads = [rounded_attention(q, k, v, scale, mask, one, seen) for one in roundings[number]]
+        return np.stack([of_all[head] for head, of_all in enumerate(heads)])
 
-    wanted = model.run([{"input_ids": ids, "attention_mask": np.ones_like(ids)}], attend)[0]["logits"]
-    got = feed(tvm_ternary.load(library, threads=1, kv_tokens=200), ids, prompt)
-    assert relative_error(got, wanted) <= 4 * 0.5 / 127
+    return np.asarray(model.run([{"input_ids": ids, "attention_mask": np.ones_like(ids)}], attend)[0]["logits"])
+
+
+def test_heads_may_keep_different_things(tmp_path: Path) -> None:
+    """Of the first layer one in float, of the second keys alone packed."""
+    onnx.save(llama(cache="both"), tmp_path / "m.onnx")
+    modes = ["0.key#0=full", "0.key=ternary-keys-values", "ternary-keys"]
+    options: dict[str, Any] = {"layers": [], "embeddings": "float", "attention": modes, "kv_planes": "3,2"}
+    options["dims"] = {"batch": 1, "length": 1}
+    module = tvm_ternary.load(tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so", **options).path, threads=1)
+    found = [(c.name, c.mode, c.kv_heads, c.key_planes, c.value_planes) for c in module.manifest.caches]
+    assert found == [
+        ("past.0.key#0", "full", 1, 1, 1),
+        ("past.0.key#1", "ternary-keys-values", 1, 3, 2),
+        ("past.1.key", "ternary-keys", 2, 3, 0),
+    ]
+    ids = random_ids(200)
+    first = [Rounding(0, 0)] * 2 + [Rounding(3, 2)] * 2
+    wanted = rounded(ids, [first, [Rounding(3, 0)] * 4])
+    assert relative_error(feed(module, ids, 1), wanted) <= 4 * 0.5 / 127
 
 
 def test_a_prompt_sees_itself_in_float(library: Path, whole: onnxruntime.InferenceSession) -> None:
@@ -230,6 +259,19 @@ def test_timing_appends_nothing(started: Module) -> None:
     assert started.cache.length == 90
     assert np.array_equal(run(started, ids), before)
     started.cache.truncate(90)
+
+
+def test_without_python(library: Path, tmp_path: Path) -> None:
+    """The C++ runner gives a cache to the library and runs a prompt: the same bits."""
+    folder = package(library, tmp_path / "package").folder
+    ids = random_ids(150, batch=2)
+    for name, array in (("ids", ids), ("mask", np.ones_like(ids))):
+        np.save(tmp_path / f"{name}.npy", array)
+    inputs = [tmp_path / "ids.npy", tmp_path / "mask.npy"]
+    options: list[str | Path] = ["--tokens", "200", "--repeat", "2", "--output", tmp_path, "--dim", "past + length=150"]
+    subprocess.run([folder / "runner", *options, folder / library.name, *inputs], check=True, timeout=60)
+    wanted = run(tvm_ternary.load(library, kv_tokens=200), ids)
+    assert np.array_equal(np.load(tmp_path / "output_0.npy"), wanted)
 
 
 def test_models_without_a_cache(tmp_path: Path) -> None:
