@@ -14,6 +14,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     ZERO,
     Operands,
     Source,
+    Values,
     across,
     buffer,
     elements,
@@ -176,7 +177,7 @@ class Few:
         )
         return scope("softmax", body, [fold, new])
 
-    def _values(self, source: Source, first: Expr, count: Expr) -> Stmt:
+    def _values(self, source: Values, first: Expr, count: Expr) -> Stmt:
         size, lanes = self.shape.value_size, self.lanes
         fade = self.state["fade"]
         step_vectors = 4 if self.on.simd.registers >= 32 else 2
@@ -189,7 +190,7 @@ class Few:
             done += width
         return sequence(parts)
 
-    def _part(self, source: Source, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
+    def _part(self, source: Values, first: Expr, count: Expr, start: int, width: int, lanes: int, fade: Var) -> Stmt:
         """Elements ``start .. start + width`` of the rows' sums."""
         sums = [buffer(f"sum{row}", width) for row in range(self.rows)]
         # LLVM does not see that this is zero. Else it holds the sums of all parts in registers from block to block, of

@@ -25,12 +25,16 @@ HIDDEN = -1e30
 """Masks from here down hide a key, and scores are above it: any sum of the two is below all other scores."""
 
 
-class Source(Protocol):
-    """Where keys and values are read from, one element by what it is of."""
-
-    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr: ...
+class Values(Protocol):
+    """Where values are read from, one element by what it is of."""
 
     def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr: ...
+
+
+class Source(Values, Protocol):
+    """Where keys and values are read from."""
+
+    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr: ...
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,6 @@ class Cache:
         """What is packed, in the order of arguments."""
         return [*self.keys, self.key_scale, *self.value_params]
 
-    def key_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
-        """Keys are read as numbers."""
-        raise NotImplementedError
-
     def value_at(self, batch: Expr, kv: Expr, key: Expr, d: Expr) -> Expr:
         """An element of a value of a block, where these are float."""
         block, token = tirx.floordiv(key, index(BLOCK)), tirx.floormod(key, index(BLOCK))
