@@ -5,8 +5,7 @@ nothing: of the packed blocks, those before the first and behind the last that a
 their mask.
 
 A block's scales are multiplied into the queries, and the tokens' scales into the weights, so that what is left is
-products with whole numbers of a few bits. With `Packed.rounded`, queries and weights become bytes, by one scale a row
-and block, and a vector of words is shifted and masked once for four bytes a lane; else each number becomes a float.
+products with whole numbers of a few bits (`multiplied`).
 """
 
 from __future__ import annotations
