@@ -35,7 +35,8 @@ def main() -> None:
         tt.compile(args.checkpoint, library, scheme="t3a8g64", attention=args.mode, kv_planes=args.planes)
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     module = tt.load(library)
-    new, written = list(tokenizer.encode(args.prompt).ids), []
+    new: list[int] = list(tokenizer.encode(args.prompt).ids)
+    written: list[int] = []
     started = time.perf_counter()
     while len(written) < args.tokens and module.cache.length + len(new) <= module.cache.capacity:
         mask = np.ones((1, module.cache.length + len(new)), np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -101,6 +102,17 @@ def test_adaptive_takes_the_fewest_planes_that_are_good_enough(decoder: Imported
     # Errors are those of whole texts: there is no past.
     assert [str(spec) for spec in measured[0].inputs] == ["input_ids: int64[batch, length]"]
     assert [str(spec) for spec in measured[0].outputs] == ["logits: float32[batch, length, 50]"]
+
+
+def test_texts_that_are_too_short(decoder: ImportedModel) -> None:
+    nothing = dict.fromkeys((1, 2, 3), math.nan)
+
+    def measure(model: ImportedModel, values: bool) -> Errors:
+        return {f"attention.{n}": dict.fromkeys(range(4), nothing) for n in range(2)}
+
+    choices = choose_caches(decoder, read_modes("adaptive"), (2, 2), 64, measure, 0.2)
+    assert [c.window for c in choices[NAMES[0]]] == [None]
+    assert choices[NAMES[0]][0].reason == "float: no text was long enough for anything to be packed"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -247,6 +248,8 @@ def _of(errors: HeadErrors, heads: Sequence[int], kept: bool) -> HeadErrors:
 def _said(errors: HeadErrors, budget: float) -> str:
     """The largest errors of these heads."""
     counts = sorted(set.intersection(*(set(of_planes) for of_planes in errors.values())))
+    if all(math.isnan(error) for of_planes in errors.values() for error in of_planes.values()):
+        return "float: no text was long enough for anything to be packed"
     worst = ", ".join(f"{max(of_planes[n] for of_planes in errors.values()):.3f}" for n in counts)
     return f"errors with {', '.join(map(str, counts))} planes: {worst}; at most {budget:g}"
 
