@@ -27,6 +27,7 @@ from tvm_ternary.bench.machine import machine_facts
 from tvm_ternary.bench.model_peers import FLOAT, INT4, PEERS, SPIN, open_session
 from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
 from tvm_ternary.runtime.module import Module
+from tvm_ternary.runtime.sample import random_inputs
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cached_decoders.jsonl"
 OURS = {"full": {}, "2 planes": {"kv_planes": 2}, "1 plane": {"kv_planes": 1}}
@@ -65,12 +66,10 @@ def build(model: Path, name: str, folder: Path) -> Path:
 
 def measure(libraries: dict[str, Path], peers: dict[str, Path], past: int, threads: int, turns: int) -> Feeds:
     """All engines in turns, each alone on a past of its own."""
-    random = np.random.default_rng(0)
     calls: dict[str, list[Callable[[], Any]]] = {}
     sizes: dict[str, int] = {}
     full = tvm_ternary.load(libraries["full"], threads=threads)
-    named = {"past": past, "past + length": past + 1}
-    feeds = {spec.name: _random(spec, named, random) for spec in full.inputs}
+    feeds = random_inputs(full.inputs, {"past": past})
     sizes["full"] = sum(array.nbytes for name, array in feeds.items() if name.startswith("past"))
     calls["full"] = [lambda: full.run(None, feeds)]
     for name, library in libraries.items():
@@ -95,13 +94,6 @@ def measure(libraries: dict[str, Path], peers: dict[str, Path], past: int, threa
         },
         "bytes": sizes,
     }
-
-
-def _random(spec: Any, sizes: dict[str, int], random: np.random.Generator) -> np.ndarray:
-    shape = [sizes.get(dim, dim) for dim in spec.shape]
-    if spec.dtype == "int64":
-        return np.ones(shape, np.int64)
-    return random.standard_normal(shape, np.float32)
 
 
 def fill(module: Module, past: int) -> None:
