@@ -85,7 +85,7 @@ def test_until_something_is_packed_steps_are_one_pass(library: Path, whole: onnx
 def test_packed_tokens_are_what_their_planes_stand_for(library: Path) -> None:
     """Against numpy. What is left is that queries and weights are bytes: half a step of 127 each, twice a layer."""
     ids = random_ids(200)
-    rounding = Rounding(PLANES, PLANES)
+    rounding = Rounding(PLANES, PLANES, rotated=True)
     got = feed(tvm_ternary.load(library, threads=1, kv_tokens=200), ids, 10)
     assert relative_error(got, rounded(ids, [[rounding] * 4] * 2)) <= 4 * 0.5 / 127
 
@@ -119,8 +119,8 @@ def test_heads_may_keep_different_things(tmp_path: Path) -> None:
         ("past.1.key", "ternary-keys", 2, 3, 0),
     ]
     ids = random_ids(200)
-    first = [Rounding(0, 0)] * 2 + [Rounding(3, 2)] * 2
-    wanted = rounded(ids, [first, [Rounding(3, 0)] * 4])
+    first = [Rounding(0, 0)] * 2 + [Rounding(3, 2, rotated=True)] * 2
+    wanted = rounded(ids, [first, [Rounding(3, 0, rotated=True)] * 4])
     assert relative_error(feed(module, ids, 1), wanted) <= 4 * 0.5 / 127
 
 

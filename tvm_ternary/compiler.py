@@ -97,6 +97,7 @@ def compile(
     attention: str | Sequence[str] | Mapping[str, str] | None = None,
     kv_planes: int | str | tuple[int, int] = 2,
     kv_window: int = 64,
+    kv_rotation: bool = True,
     kv_error: float = DEFAULT_KV_ERROR,
     kv_calibration: str | Path | Iterable[Any] | None = None,
     weights: str = "auto",
@@ -150,6 +151,8 @@ def compile(
         Ternary planes, 1 to 3, of keys and values, or of each: ``"2,1"``.
     kv_window : int
         Last tokens that stay in float, a multiple of 64; `tvm_ternary.load` may choose another.
+    kv_rotation : bool
+        Whether heads of keys and values are turned by a Hadamard matrix before they are rounded, and back.
     kv_error : float
         The largest relative error of any head's result that ``adaptive`` allows.
     kv_calibration : path or iterable, optional
@@ -194,7 +197,7 @@ def compile(
     dump = dump_to(dump_ir)
     modes, planes = read_modes(attention), read_planes(kv_planes)
     texts = calibration if kv_calibration is None else kv_calibration
-    measured = partial(_attention_errors, source, texts, samples, seed, tokenizer, length, kv_window)
+    measured = partial(_attention_errors, source, texts, samples, seed, tokenizer, length, kv_window, kv_rotation)
     fitting = {
         "calibration": calibration,
         "samples": samples,
@@ -216,7 +219,8 @@ def compile(
                 imported = replace(imported, name=source.resolve().name if source.is_dir() else source.stem)
             settled = read_config(ready)[1] if is_quantized(ready) else None
             named = scheme or (settled.options.get("scheme") if settled is not None else None) or DEFAULT_SCHEME
-            choices = choose_caches(imported, modes, planes, kv_window, None if texts is None else measured, kv_error)
+            measure = None if texts is None else measured
+            choices = choose_caches(imported, modes, planes, kv_window, measure, kv_error, kv_rotation)
             imported = apply_choices(imported, choices, resolved)
             dump("import", imported.module)
             if settled is None:
@@ -288,13 +292,14 @@ def _attention_errors(
     tokenizer: str | Path | None,
     length: int,
     window: int,
+    rotated: bool,
     model: ImportedModel,
     values: bool,
 ) -> Errors:
     """What planes of keys and values cost each attention, on the samples that matrices are fitted to."""
     text = find_tokenizer(tokenizer, source)
     given = load_samples(calibration or (), model.inputs, samples, seed, text, length)
-    return attention_errors(model, given, window=window, values=values)
+    return attention_errors(model, given, window=window, values=values, rotated=rotated)
 
 
 def _quantize(

@@ -57,6 +57,7 @@ CACHES = st.builds(
     key_planes=COUNTS,
     value_planes=COUNTS,
     window=st.none() | COUNTS,
+    rotated=st.booleans(),
     reason=st.none() | NAMES,
 )
 TVM = st.fixed_dictionaries({"kind": st.just("llvm"), "mattr": st.lists(NAMES, max_size=2)})
@@ -81,7 +82,9 @@ MANIFESTS = st.builds(
     kernels=st.lists(st.builds(KernelInfo, NAMES, NAMES, *[COUNTS] * 4), max_size=2).map(tuple),
     graph=st.booleans(),
     caches=st.lists(CACHES, max_size=2).map(tuple),
-    attentions=st.lists(st.builds(AttentionInfo, NAMES, NAMES, COUNTS, st.none() | COUNTS, NAMES)).map(tuple),
+    attentions=st.lists(st.builds(AttentionInfo, NAMES, NAMES, COUNTS, st.none() | COUNTS, st.booleans(), NAMES)).map(
+        tuple
+    ),
 )
 PLAIN = Manifest(
     model=ModelInfo("m", "m.onnx", "ab"),
@@ -96,8 +99,8 @@ PLAIN = Manifest(
     weights=WeightsInfo("cd", 12),
     sizes=SizesInfo(48, 12),
     kernels=(KernelInfo("f_kernel", "sm_90", 64, 1024, 0, 0),),
-    caches=(CacheInfo("k", "v", "batch", "past", "length", 2, 8, 8, "ternary-keys-values", 2, 1, 64),),
-    attentions=(AttentionInfo("attention.0", "ternary-keys", 2, 64),),
+    caches=(CacheInfo("k", "v", "batch", "past", "length", 2, 8, 8, "ternary-keys-values", 2, 1, 64, True),),
+    attentions=(AttentionInfo("attention.0", "ternary-keys", 2, 64, False),),
 )
 
 
@@ -158,7 +161,7 @@ def test_each_key_is_needed_and_has_its_kind(path: tuple[str | int, ...]) -> Non
     with pytest.raises(ArtifactError) as missing:
         Manifest.from_json(json.dumps(document))
     document = PLAIN.to_dict()
-    parent(document, path)[path[-1]] = "yes" if path == ("graph",) else True
+    parent(document, path)[path[-1]] = "yes" if path[-1] in ("graph", "rotated") else True
     with pytest.raises(ArtifactError) as wrong:
         Manifest.from_json(json.dumps(document))
     assert str(path[-1]) in str(missing.value)

@@ -16,7 +16,9 @@ from tvm_ternary.runtime.model_cache import ModelCache, read_bytes
 
 def info(mode: str = "ternary-keys-values", window: int | None = 64, planes: int = 2, layer: int = 0) -> CacheInfo:
     name = f"past.{layer}"
-    return CacheInfo(f"{name}.key", f"{name}.value", "batch", "past", "length", 2, 64, 64, mode, planes, planes, window)
+    return CacheInfo(
+        f"{name}.key", f"{name}.value", "batch", "past", "length", 2, 64, 64, mode, planes, planes, window, False
+    )
 
 
 def taken(cache: ModelCache) -> int:

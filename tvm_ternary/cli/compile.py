@@ -135,6 +135,12 @@ def _add_attention(group: argparse._ActionsContainer) -> None:
         help="last tokens that stay in float, a multiple of 64 (default: %(default)s)",
     )
     group.add_argument(
+        "--no-kv-rotation",
+        dest="kv_rotation",
+        action="store_false",
+        help="round heads as they are, not turned by a Hadamard matrix before and back behind, which loses less",
+    )
+    group.add_argument(
         "--kv-calibration",
         metavar="DATA",
         help="texts that adaptive measures errors with, as for --calibration, which is the default",
@@ -163,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
         "attention": args.attention,
         "kv_planes": args.kv_planes,
         "kv_window": args.kv_window,
+        "kv_rotation": args.kv_rotation,
         "kv_calibration": args.kv_calibration,
         **({} if args.kv_error is None else {"kv_error": args.kv_error}),
         "weights": args.weights,

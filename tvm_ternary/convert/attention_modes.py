@@ -98,6 +98,7 @@ def choose_caches(
     window: int,
     measure: Measure | None = None,
     budget: float = 0.0,
+    rotation: bool = True,
 ) -> dict[str, tuple[CacheChoice, ...]]:
     """What each attention is to keep.
 
@@ -114,6 +115,8 @@ def choose_caches(
         For ``adaptive``.
     budget : float
         The largest error that ``adaptive`` allows.
+    rotation : bool
+        Whether heads are turned by a Hadamard matrix before they are rounded.
 
     Returns
     -------
@@ -155,7 +158,8 @@ def choose_caches(
         for choice, same in itertools.groupby(chosen):
             heads = range(first, first + len(list(same)))
             said = _said(_of(errors[name], heads, kept), budget) if choice.mode == ADAPTIVE else None
-            runs.append(replace(choice, heads=len(heads), reason=said))
+            turned = rotation and choice.window is not None
+            runs.append(replace(choice, heads=len(heads), rotated=turned, reason=said))
             first = heads.stop
         return tuple(runs)
 

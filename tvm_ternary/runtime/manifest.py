@@ -263,6 +263,8 @@ class AttentionInfo:
         Ternary planes of the keys older than the window.
     window : int or None
         Last keys that stay in float; None: all.
+    rotated : bool
+        Whether heads are turned by a Hadamard matrix before they are rounded.
     reason : str or None
         Why it is as it is, where that was decided and not asked for.
     """
@@ -271,6 +273,7 @@ class AttentionInfo:
     mode: str
     key_planes: int
     window: int | None
+    rotated: bool
     reason: str | None = None
 
 
@@ -296,6 +299,8 @@ class CacheInfo:
         Ternary planes, of tokens older than the window.
     window : int or None
         Last tokens that stay in float, unless whoever loads it says otherwise; None: all.
+    rotated : bool
+        Whether heads are turned by a Hadamard matrix before they are kept.
     reason : str or None
         Why it is as it is, where that was decided and not asked for.
     """
@@ -312,6 +317,7 @@ class CacheInfo:
     key_planes: int
     value_planes: int
     window: int | None
+    rotated: bool
     reason: str | None = None
 
 

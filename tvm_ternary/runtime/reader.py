@@ -15,6 +15,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
     "float": (int, float),
+    "bool": (bool,),
     "int | str": (int, str),
     "int | None": (int, type(None)),
     "str | None": (str, type(None)),

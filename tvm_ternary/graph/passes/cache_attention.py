@@ -35,6 +35,7 @@ from tvm_ternary.graph.onnx.values import describe, plain
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
 from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.kv_cache import BLOCK, CacheShape
 from tvm_ternary.runtime.linear import read_linear
@@ -60,6 +61,7 @@ class CacheChoice:
     key_planes: int
     value_planes: int
     window: int | None
+    rotated: bool = False
     reason: str | None = None
 
 
@@ -240,6 +242,7 @@ class _Cached(_WithoutStates):
         self.chosen, self.schedule = chosen, schedule
         self.names = {match.result: name for name, match in matches.items()}
         self.functions: dict[Any, tvm.ir.GlobalVar] = {}
+        self.rotations = Rotations(self.builder_)
         self.infos: dict[str, CacheInfo] = {}
         self.arrays: dict[str, list[relax.Var]] = {}
         first = next(iter(matches.values()))
@@ -311,6 +314,10 @@ class _Cached(_WithoutStates):
             self.functions[key] = self.builder_.add_func(self.schedule(*key), "cached_attention")
         past_key, _, past_value, _ = (part.value for part in match.states)
         own = {field: value for field, value in asdict(choice).items() if field != "heads"}
+        rotated = choice.rotated and can_rotate(shape.query, shape.key, shape.value, match.layout)
+        turned = (shape.query, shape.key, *([shape.value] if choice.value_planes else [])) if rotated else ()
+        turn = self.rotations.rotate_heads
+        arguments = [*map(turn, arguments, turned), *arguments[len(turned) :]]
         self.infos[label] = CacheInfo(
             name=label,
             value=self.specs[past_value].name,
@@ -320,7 +327,7 @@ class _Cached(_WithoutStates):
             kv_heads=shape.kv_heads,
             size=shape.size,
             value_size=shape.value_size,
-            **own,
+            **own | {"rotated": rotated},
         )
         cache = CacheShape(
             1, shape.kv_heads, shape.size, shape.value_size, BLOCK, choice.key_planes, choice.value_planes
@@ -328,7 +335,9 @@ class _Cached(_WithoutStates):
         self.arrays[label] = _parameters(len(self.arrays), cache, batch)
         given = {"b": batch, "h": shape.heads, "l": length, "d": shape.value_size}
         result = relax.TensorType([as_index(given[axis]) for axis in match.layout], "float32")
-        return relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
+        call = relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
+        # The matrix is its own inverse.
+        return turn(self.builder_.emit(call), match.layout) if len(turned) == 3 else call
 
 
 def _totals(match: Match, past: Any) -> list[str]:

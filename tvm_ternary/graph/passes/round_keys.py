@@ -26,6 +26,7 @@ from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, named
 from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
 from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.manifest import AttentionInfo
 from tvm_ternary.schedule.cpu.attention.rounded import words_of
@@ -53,8 +54,15 @@ def round_keys(model: ImportedModel, choices: Choices, schedule: Schedule) -> Im
     chosen = {name: choice for name, (choice,) in choices.items()}
     matches = {name: match for name, match in named_attentions(model).items() if name in chosen}
     infos = tuple(
-        AttentionInfo(name, chosen[name].mode, chosen[name].key_planes, chosen[name].window, chosen[name].reason)
-        for name in matches
+        AttentionInfo(
+            name,
+            chosen[name].mode,
+            chosen[name].key_planes,
+            chosen[name].window,
+            chosen[name].rotated and can_rotate(match.query.layout, match.key.layout),
+            chosen[name].reason,
+        )
+        for name, match in matches.items()
     )
     rounded = {name: match for name, match in matches.items() if chosen[name].window is not None}
     if not rounded:
@@ -75,6 +83,7 @@ class _Rewriter(relax.PyExprMutator):
         super().__init__(module)
         self.main, self.matches, self.chosen, self.schedule = module["main"], matches, chosen, schedule
         self.names = {match.result: name for name, match in matches.items()}
+        self.rotations = Rotations(self.builder_)
         self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar]] = {}
 
     def run(self) -> tvm.IRModule:
@@ -99,6 +108,8 @@ class _Rewriter(relax.PyExprMutator):
             self.functions[key] = add(pack, "pack_keys"), add(attend, "rounded_attention")
         pack, attend = self.functions[key]
         q, k, v = (self.visit_expr(one.value) for one in (match.query, match.key, match.value))
+        if choice.rotated and can_rotate(shape.query, shape.key):
+            q, k = self.rotations.rotate_heads(q, shape.query), self.rotations.rotate_heads(k, shape.key)
         outputs = words_of(shape, choice.key_planes, as_index(batch), as_index(keys))
         packed = self.builder_.emit(
             relax.call_tir(pack, [k], [relax.TensorType(extents, dtype) for extents, dtype in outputs])

@@ -18,7 +18,7 @@ from tvm_ternary.errors import LayoutError
 from tvm_ternary.formats.hadamard import hadamard_matrix
 from tvm_ternary.formats.transform import InputTransform
 from tvm_ternary.graph.passes.dataflow import Dataflow, with_main
-from tvm_ternary.kernels.hadamard import hadamard_rows
+from tvm_ternary.graph.passes.rotate import Rotations
 from tvm_ternary.target import Target
 
 MATMUL, RESHAPE, MULTIPLY, ADD = (Op.get(f"relax.{name}") for name in ("matmul", "reshape", "multiply", "add"))
@@ -142,7 +142,7 @@ class _Rewriter(relax.PyExprMutator):
         self.main, self.on_gpu = module["main"], target.kind == "cuda"
         self.folding = _Folding(self.main, transforms)
         self.transformed: dict[tuple[relax.Expr, object], relax.Expr] = {}
-        self.functions: dict[tuple[int, int], tvm.ir.GlobalVar] = {}
+        self.rotations = Rotations(self.builder_)
 
     def run(self) -> tvm.IRModule:
         return with_main(self.builder_, self.visit_expr(self.main))
@@ -175,16 +175,7 @@ class _Rewriter(relax.PyExprMutator):
             x = self.builder_.emit(relax.op.multiply(x, relax.const(scale)))
         if rotation is None or int(x.ty.shape.values[-1]) < rotation:
             return x
-        return self._by_products(x, rotation) if self.on_gpu else self._by_kernel(x, rotation)
-
-    def _by_kernel(self, x: relax.Expr, block: int) -> relax.Expr:
-        shape, k = x.ty.shape, int(x.ty.shape.values[-1])
-        if (k, block) not in self.functions:
-            function = hadamard_rows(k, block).without_attr("global_symbol")
-            self.functions[k, block] = self.builder_.add_func(function, "hadamard_rows")
-        rows = self.builder_.emit(relax.op.reshape(x, (-1, k)))
-        rotated = self.builder_.emit(relax.call_tir(self.functions[k, block], [rows], rows.ty))
-        return self.builder_.emit(relax.op.reshape(rotated, shape))
+        return self._by_products(x, rotation) if self.on_gpu else self.rotations.rotate(x, rotation)
 
     def _by_products(self, x: relax.Expr, block: int) -> relax.Expr:
         """A block as a matrix whose columns and rows are rotated; H of b c is the Kronecker product of H of b and c."""
