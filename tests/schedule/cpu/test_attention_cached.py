@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
 from tvm_ternary.kernels.attention import Attention, reference_attention
@@ -242,6 +244,40 @@ def test_masks(hide: float) -> None:
         layer.check("avx2", layer.tokens(count), mask_of(seen(layer, count, window=40), hide))
         random = normal(count, 2, 1, count, max(layer.lengths) + count + 5)
         layer.check("avx2", layer.tokens(count), np.where(random > -1, random, np.float32(hide)))
+
+
+CALLS = st.lists(
+    st.tuples(
+        st.sampled_from([1, 2, 4, 5, 17, 64, 130]),
+        st.sampled_from(["causal", "window", "padded", "random", "all"]),
+        st.tuples(st.floats(0, 1), st.floats(0, 1)) | st.none(),
+        st.sampled_from([-np.inf, FLOAT_LOWEST]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(calls=CALLS, window=st.sampled_from([0, 64, 192]), seed=st.integers(0, 99))
+def test_whatever_comes(
+    calls: list[tuple[int, str, tuple[float, float] | None, float]], window: int, seed: int
+) -> None:
+    """Prompts and steps with masks of all kinds, and cuts to any part of what each sequence has."""
+    layer = Layer(window=window)
+    layer.calls = 10 * seed
+    for count, kind, cut, hide in calls:
+        kept = [int(have * part) for have, part in zip(layer.lengths, cut or (1, 1), strict=True)]
+        shown = np.ones((2, count, max(kept) + count), bool)
+        if kind in ("causal", "window", "padded"):
+            numbers, own = np.arange(shown.shape[-1]), np.array(kept)[:, None, None] + np.arange(count)[:, None]
+            shown = (numbers <= own) & (numbers > own - (30 if kind == "window" else LARGE))
+            shown[1, :, : kept[1] // 2 if kind == "padded" else 0] = False
+        elif kind == "random":
+            shown = normal(seed, *shown.shape) > -0.5
+        # A row that sees nothing is another test's.
+        shown[..., 0] |= ~shown.any(-1)
+        layer.check("avx2", layer.tokens(count), mask_of(shown, hide), kept)
 
 
 @pytest.mark.parametrize("count", [3, 40])
