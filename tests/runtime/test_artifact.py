@@ -110,4 +110,4 @@ def test_bytes_appended(copies: Path) -> None:
 def test_a_manifest_of_another_version(copies: Path) -> None:
     path = copies / "inside.so"
     reseal(path, lambda manifest: manifest.update(version=7))
-    assert "has version 7; expected 4" in refused(path)
+    assert "has version 7; expected 5" in refused(path)
