@@ -36,6 +36,10 @@ TASK_WORK = 1 << 15
 # Stands for a variable that is known only at run time when tasks are sized.
 TYPICAL_DYNAMIC = 64
 
+# What an open number of tasks is at least before axes are no longer fused. With known extents tasks are fused for their
+# size; with open ones that is a guess, and divisions by what is open cost some percent of a small task.
+ENOUGH_TASKS = 8
+
 
 def index(value: int | Expr) -> Expr:
     """Turn a Python integer into an index expression; expressions pass."""
@@ -151,6 +155,12 @@ def typical(value: int | Expr) -> int:
     return TYPICAL_DYNAMIC if found is None else max(found, TYPICAL_DYNAMIC)
 
 
+def _are_open_but_enough(extents: Sequence[int | Expr]) -> bool:
+    """Whether there are tasks for all threads whatever the open extents are: more would cost index arithmetic only."""
+    known = [value for value in map(static, extents) if value is not None]
+    return len(known) < len(extents) and prod(known) >= ENOUGH_TASKS
+
+
 def decompose(flat: Expr, extents: Sequence[int | Expr]) -> list[Expr]:
     """Split one row-major index into an index for every extent."""
     indices: list[Expr] = []
@@ -185,6 +195,8 @@ def space(extents: Sequence[int | Expr], work: int | Expr, body: Callable[[list[
     """
     fused = min(1, len(extents))
     while fused < len(extents) and prod(map(typical, [*extents[fused:], work])) > TASK_WORK:
+        if _are_open_but_enough(extents[:fused]):
+            break
         fused += 1
     outer = extents[:fused]
 
