@@ -17,7 +17,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Expr, PrimType
+from tvm.ir import Expr, PrimType, TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize
 from tvm.sym import Analyzer
 from tvm.tirx import For, ForKind, IfThenElse, IntImm, SeqStmt, Stmt, Var
@@ -147,11 +147,12 @@ def typical(value: int | Expr) -> int:
     known = static(value)
     if known is not None:
         return max(known, 1)
+    # What is read from a tensor is open, too.
+    value = tvm_ffi.structural_map(value, (TensorLoad, lambda load: IntImm(str(load.ty.dtype), TYPICAL_DYNAMIC)))
     sizes = {
         var: IntImm(str(var.ty.dtype), TYPICAL_DYNAMIC) for var in undefined_vars(value) if isinstance(var.ty, PrimType)
     }
     found = static(Analyzer().simplify(substitute(value, sizes)))
-    # What is read from a tensor stays open.
     return TYPICAL_DYNAMIC if found is None else max(found, TYPICAL_DYNAMIC)
 
 
