@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 
 import tvm_ternary
+from tests.cli.conftest import cli, error_line
 from tests.graph.onnx.running import relative_error, run_onnxruntime
 from tests.models import gpt2, llama, mlp
 from tvm_ternary.build.package import package
@@ -259,6 +261,31 @@ def test_timing_appends_nothing(started: Module) -> None:
     assert started.cache.length == 90
     assert np.array_equal(run(started, ids), before)
     started.cache.truncate(90)
+
+
+def test_the_command_line(library: Path, tmp_path: Path) -> None:
+    """A step behind random tokens, and what is kept; and what is refused in one line."""
+    step = ("run", library, "--dim", "length=1", "--past", "200")
+    result = cli(*step, "--kv-tokens", "300", "--repeat", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["cache"]["tokens"], document["cache"]["capacity"]) == (201, 300)
+    assert [layer["packed_tokens"] for layer in document["cache"]["layers"]] == [128, 128]
+    table = cli(*step).stdout
+    assert "cached   201 of 4096 tokens" in table
+    assert "past.0.key" in table
+    assert "past.0.key" in cli("inspect", library).stdout
+    for arguments, part in (
+        ((*step, "--kv-tokens", "100"), "cache: has 0 tokens and room for 100; 200 more do not fit"),
+        ((*step, "--kv-memory", "1KiB"), "kv_memory: is 1024 bytes"),
+        (
+            ("compile", tmp_path / "m.onnx", "-o", tmp_path / "m.so", "--attention", "some"),
+            "attention 'some': does not",
+        ),
+    ):
+        refused = cli(*arguments)
+        assert refused.returncode == 2
+        assert part in error_line(refused)
 
 
 def test_without_python(library: Path, tmp_path: Path) -> None:
