@@ -220,10 +220,7 @@ def cache_tables(stats: ModuleCacheStats) -> list[Table]:
     """What a module keeps now: all together, and a row for every attention."""
     used = stats.bytes / max(stats.float_bytes, 1)
     facts = _facts(
-        (
-            "cached",
-            f"{stats.tokens} of {stats.capacity} tokens, {stats.batch} {'sequence' if stats.batch == 1 else 'sequences'}",
-        ),
+        ("cached", f"{stats.tokens} of {stats.capacity} tokens, batch {stats.batch}"),
         ("cache", f"{format_bytes(stats.bytes)}, {used:.2f} of float32's {format_bytes(stats.float_bytes)}"),
     )
     rows = [
