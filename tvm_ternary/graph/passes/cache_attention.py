@@ -20,7 +20,7 @@ kernel for every sequence. Where the heads of an attention keep different things
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.values import describe, plain
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
+from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, RESULT, VALUE, Parts, fold_rotations
 from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
@@ -110,13 +111,29 @@ def cache_attention(model: ImportedModel, chosen: Choices, schedule: Schedule) -
     OptionError
         If the attentions do not share one past.
     """
-    matches = {name: match for name, (match, _) in _named(model).items() if name in chosen}
+    matches = _chosen(model, chosen)
     if not matches:
         return model
     pasts = {str(match.states[0].extents["l"]): match.states[0].extents["l"] for match in matches.values()}
     if len(pasts) > 1:
         raise OptionError("attention", f"has pasts of different lengths ({', '.join(pasts)}); expected one for all")
-    return _Cached(model, matches, chosen, schedule).run(next(iter(pasts.values())))
+    wanted = {name: _turned(match, chosen[name]) for name, match in matches.items()}
+    model, folded = fold_rotations(model, matches, wanted)
+    matches = _chosen(model, chosen)
+    past = next(iter(matches.values())).states[0].extents["l"]
+    return _Cached(model, matches, chosen, schedule, folded).run(past)
+
+
+def _chosen(model: ImportedModel, chosen: Choices) -> dict[str, Match]:
+    return {name: match for name, match in named_attentions(model).items() if name in chosen}
+
+
+def _turned(match: Match, choices: Sequence[CacheChoice]) -> Parts:
+    """What is turned, of all heads alike."""
+    layouts = match.query.layout, match.key.layout, match.value.layout, match.layout
+    if not can_rotate(*layouts) or not all(choice.rotated for choice in choices):
+        return frozenset()
+    return frozenset({QUERY, KEY, *((VALUE, RESULT) if all(choice.value_planes for choice in choices) else ())})
 
 
 def named_attentions(model: ImportedModel) -> dict[str, Match]:
@@ -237,9 +254,10 @@ class _Cached(_WithoutStates):
         matches: Mapping[str, Match],
         chosen: Choices,
         schedule: Schedule,
+        folded: Mapping[str, Parts],
     ) -> None:
         super().__init__(model, matches)
-        self.chosen, self.schedule = chosen, schedule
+        self.chosen, self.schedule, self.folded = chosen, schedule, folded
         self.names = {match.result: name for name, match in matches.items()}
         self.functions: dict[Any, tvm.ir.GlobalVar] = {}
         self.rotations = Rotations(self.builder_)
@@ -315,9 +333,13 @@ class _Cached(_WithoutStates):
         past_key, _, past_value, _ = (part.value for part in match.states)
         own = {field: value for field, value in asdict(choice).items() if field != "heads"}
         rotated = choice.rotated and can_rotate(shape.query, shape.key, shape.value, match.layout)
-        turned = (shape.query, shape.key, *([shape.value] if choice.value_planes else [])) if rotated else ()
+        layouts = {QUERY: shape.query, KEY: shape.key, VALUE: shape.value, RESULT: match.layout} if rotated else {}
+        if not choice.value_planes:
+            layouts = dict(itertools.islice(layouts.items(), 2))
+        turned = {part: layout for part, layout in layouts.items() if part not in self.folded[name]}
         turn = self.rotations.rotate_heads
-        arguments = [*map(turn, arguments, turned), *arguments[len(turned) :]]
+        for n, part in enumerate((QUERY, KEY, VALUE)):
+            arguments[n] = turn(arguments[n], turned[part]) if part in turned else arguments[n]
         self.infos[label] = CacheInfo(
             name=label,
             value=self.specs[past_value].name,
@@ -337,7 +359,7 @@ class _Cached(_WithoutStates):
         result = relax.TensorType([as_index(given[axis]) for axis in match.layout], "float32")
         call = relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
         # The matrix is its own inverse.
-        return turn(self.builder_.emit(call), match.layout) if len(turned) == 3 else call
+        return turn(self.builder_.emit(call), match.layout) if RESULT in turned else call
 
 
 def _totals(match: Match, past: Any) -> list[str]:

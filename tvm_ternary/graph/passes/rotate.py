@@ -31,10 +31,17 @@ class Rotations:
         return emit(relax.op.reshape(rotated, shape))
 
     def rotate_heads(self, x: relax.Expr, layout: str) -> relax.Expr:
-        """Rotate every head by the largest power of two that divides its size, where its elements lie together."""
-        size = int(x.ty.shape.values[layout.index("d")])
-        block = size & -size
-        return self.rotate(x, block) if layout.endswith("d") and block > 1 else x
+        """Rotate every head, in blocks of `block_of`."""
+        block = block_of(layout, int(x.ty.shape.values[layout.index("d")]))
+        return self.rotate(x, block) if block > 1 else x
+
+
+def block_of(layout: str, size: int) -> int:
+    """How many elements of a head are rotated together: the largest power of two that divides its size.
+
+    1, for none, where they do not lie together.
+    """
+    return size & -size if layout.endswith("d") else 1
 
 
 def can_rotate(*layouts: str) -> bool:

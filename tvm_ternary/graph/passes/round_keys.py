@@ -25,6 +25,7 @@ from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, named_attentions
 from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
+from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, Parts, fold_rotations
 from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
@@ -67,7 +68,11 @@ def round_keys(model: ImportedModel, choices: Choices, schedule: Schedule) -> Im
     rounded = {name: match for name, match in matches.items() if chosen[name].window is not None}
     if not rounded:
         return replace(model, attentions=infos)
-    module = relax.transform.DeadCodeElimination()(_Rewriter(model.module, rounded, chosen, schedule).run())
+    wanted = {info.name: (QUERY, KEY) if info.rotated else () for info in infos if info.name in rounded}
+    model, folded = fold_rotations(model, rounded, wanted)
+    rounded = {name: match for name, match in named_attentions(model).items() if name in rounded}
+    rewriter = _Rewriter(model.module, rounded, chosen, schedule, folded)
+    module = relax.transform.DeadCodeElimination()(rewriter.run())
     return replace(model, module=module, attentions=infos)
 
 
@@ -79,9 +84,11 @@ class _Rewriter(relax.PyExprMutator):
         matches: Mapping[str, Match],
         chosen: Mapping[str, CacheChoice],
         schedule: Schedule,
+        folded: Mapping[str, Parts],
     ) -> None:
         super().__init__(module)
         self.main, self.matches, self.chosen, self.schedule = module["main"], matches, chosen, schedule
+        self.folded = folded
         self.names = {match.result: name for name, match in matches.items()}
         self.rotations = Rotations(self.builder_)
         self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar]] = {}
@@ -94,9 +101,10 @@ class _Rewriter(relax.PyExprMutator):
         if name is None:
             super().visit_var_binding_(binding)
         else:
-            self.set_var_remap(binding.var, self.builder_.emit(self._call(self.matches[name], self.chosen[name])))
+            call = self._call(self.matches[name], self.chosen[name], self.folded[name])
+            self.set_var_remap(binding.var, self.builder_.emit(call))
 
-    def _call(self, match: Match, choice: CacheChoice) -> relax.Expr:
+    def _call(self, match: Match, choice: CacheChoice, folded: Parts) -> relax.Expr:
         masks, axes = add_masks(self.builder_, match, self.visit_expr)
         shape = replace(match.shape(axes), joined=False)
         batch, queries, keys = match.query.extents["b"], match.query.extents["l"], match.key.extents["l"]
@@ -109,7 +117,8 @@ class _Rewriter(relax.PyExprMutator):
         pack, attend = self.functions[key]
         q, k, v = (self.visit_expr(one.value) for one in (match.query, match.key, match.value))
         if choice.rotated and can_rotate(shape.query, shape.key):
-            q, k = self.rotations.rotate_heads(q, shape.query), self.rotations.rotate_heads(k, shape.key)
+            q = q if QUERY in folded else self.rotations.rotate_heads(q, shape.query)
+            k = k if KEY in folded else self.rotations.rotate_heads(k, shape.key)
         outputs = words_of(shape, choice.key_planes, as_index(batch), as_index(keys))
         packed = self.builder_.emit(
             relax.call_tir(pack, [k], [relax.TensorType(extents, dtype) for extents, dtype in outputs])
