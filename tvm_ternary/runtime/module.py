@@ -6,9 +6,9 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import numpy.typing as npt
 from tvm_ternary.errors import ArtifactError, HostError, InputError, OptionError
 from tvm_ternary.runtime.arrays import BFLOAT16, aligned, aligned_empty, can_be_read_in_place, dtype_of, span
 from tvm_ternary.runtime.artifact import Artifact, read_artifact
+from tvm_ternary.runtime.cache_feed import CacheFeed
 from tvm_ternary.runtime.cuda import check_device
 from tvm_ternary.runtime.device import Device, choose_device
 from tvm_ternary.runtime.driver import read_devices
-from tvm_ternary.runtime.inputs import check_inputs, check_outputs, size_of
+from tvm_ternary.runtime.inputs import check_inputs, check_outputs
 from tvm_ternary.runtime.library import load_cuda_runtime, load_runtime
 from tvm_ternary.runtime.manifest import SMALL_OUTPUT, Manifest, TensorSpec
 from tvm_ternary.runtime.model_cache import ModelCache, ModuleCacheStats, make_cache
@@ -55,15 +56,6 @@ class Timing:
     p20: float
     p80: float
     runs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _CacheTensors:
-    """The arrays of a cache as tensors, the number of tokens of each sequence before them."""
-
-    arrays: list[list[npt.NDArray[Any]]]
-    counts: npt.NDArray[np.int32]
-    tensors: list[Any]
 
 
 def load(
@@ -132,7 +124,7 @@ class Module:
     ) -> None:
         self._artifact = artifact
         self._cache = cache
-        self._cached: _CacheTensors | None = None
+        self._feed = None if cache is None else CacheFeed(cache, self.manifest.caches[0], self.inputs)
         self._tvm_ffi = tvm_ffi
         self._device = device
         self._process = os.getpid()
@@ -315,8 +307,8 @@ class Module:
     def _run(self, arrays: list[npt.NDArray[Any]], wanted: list[int]) -> list[npt.NDArray[Any]]:
         tensors = self._tensors(arrays)
         results = self._call(tensors)
-        if self._cache is not None:
-            self._cache.advance(self._new_tokens(arrays))
+        if self._feed is not None:
+            self._feed.advance(arrays)
         if self._device.kind != "cpu":
             return [self._array(results[index]) for index in wanted]
         views = [self._view(results[index]) for index in wanted]
@@ -352,16 +344,9 @@ class Module:
             self._call(tensors)
             return take_profile(self._machine, lambda: self._main(*tensors), self._tvm_ffi.Tensor, layers, repeat)
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Runs in here leave the cache as it is: each appends the same tokens again, which are then forgotten."""
-        tails = [] if self._cache is None else self._cache.tails()
-        before = [array.copy() for array in tails]
-        try:
-            yield
-        finally:
-            for array, copy in zip(tails, before, strict=True):
-                array[...] = copy
+    def _as_it_was(self) -> AbstractContextManager[None]:
+        """Runs in here leave the cache as it is."""
+        return nullcontext() if self._feed is None else self._feed.as_it_was()
 
     def _call(self, tensors: list[Any]) -> list[Any]:
         try:
@@ -386,24 +371,10 @@ class Module:
                 self._shapes_seen.clear()
                 self._release_pool()
             self._shapes_seen.add(shapes)
-        return [*self._upload(arrays), *self._kept(arrays), *self._weights]
-
-    def _kept(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
-        """What `Manifest.caches` says lies between inputs and weights, once there is room for what these append."""
-        cache = self._cache
-        if cache is None:
-            return []
-        batch = size_of(self.manifest.caches[0].batch, self.inputs, arrays)
-        cache.begin(batch, self._new_tokens(arrays))
-        if self._cached is None or self._cached.arrays is not cache.arrays:
-            counts = aligned_empty((batch,), np.dtype(np.int32))
-            tensors = [self._tensor(array) for one in ([counts], *cache.arrays) for array in one]
-            self._cached = _CacheTensors(cache.arrays, counts, tensors)
-        self._cached.counts.fill(cache.length)
-        return [self._tvm_ffi.Shape((cache.length,)), *self._cached.tensors]
-
-    def _new_tokens(self, arrays: Sequence[npt.NDArray[Any]]) -> int:
-        return size_of(self.manifest.caches[0].length, self.inputs, arrays)
+        given = self._upload(arrays)
+        if self._feed is not None:
+            given += self._feed.arguments(arrays, self._tensor, self._tvm_ffi.Shape)
+        return [*given, *self._weights]
 
     def _upload(self, arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
         try:
