@@ -41,32 +41,44 @@ class Case:
         if causal:
             self.mask = np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, -np.inf)
         out = np.full((batch, shape.heads, queries, shape.value_size), np.nan, np.float32)
-        held = np.ascontiguousarray(_laid(out, shape.out))
+        held = np.ascontiguousarray(laid(out, shape.out))
         layouts = (shape.query, shape.key, shape.value)
-        arrays = [_laid(x, layout) for x, layout in zip(self.operands, layouts, strict=True)]
+        arrays = [laid(x, layout) for x, layout in zip(self.operands, layouts, strict=True)]
         function = attention_prompt(shape, lengths, causal=causal, kind=kind)
         gpu.run(function, *arrays, *([] if mask is None else [mask]), Out(held))
         self.result = held.transpose([shape.out.index(axis) for axis in "bhld"])
 
     def check(self) -> None:
-        """A weight is rounded once, beside sums that are not; all else is float32."""
-        unit, shape = UNITS[self.kind], self.shape
-        dtype: Any = getattr(ml_dtypes, self.kind, self.kind)
-        q, k, v = (x.astype(dtype).astype(np.float64) for x in self.operands)
-        want = reference_attention(q, k, v, shape.scale, self.mask)
-        wide_k, wide_v = (np.repeat(x, shape.group, 1) for x in (k, v))
-        scores = shape.scale * q @ wide_k.swapaxes(-1, -2) + (0 if self.mask is None else self.mask)
-        peak = scores.max(-1, keepdims=True)
-        weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
-        weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-        sizes = shape.scale * np.abs(q) @ np.abs(wide_k).swapaxes(-1, -2)
-        sizes = sizes + (0 if self.mask is None else np.where(np.isneginf(self.mask), 0, np.abs(self.mask)))
-        off = ((shape.size + 8) * sizes).max(-1, keepdims=True) * EPSILON
-        moved = np.expm1(2 * off) + unit + 2 * (8 + k.shape[2]) * EPSILON
-        assert np.all(np.abs(self.result - want) <= moved * (weights @ np.abs(wide_v)) + 1e-30)
+        q, k, v = (rounded(x, self.kind) for x in self.operands)
+        check(self.result, self.shape, (q, k, v), self.mask, self.kind)
 
 
-def _laid(x: np.ndarray, layout: str) -> np.ndarray:
+def rounded(x: np.ndarray, kind: str) -> np.ndarray:
+    dtype: Any = getattr(ml_dtypes, kind, kind)
+    return np.asarray(x).astype(dtype).astype(np.float64)
+
+
+def check(
+    result: np.ndarray, shape: Attention, operands: tuple[np.ndarray, ...], mask: np.ndarray | None, kind: str
+) -> None:
+    """Against the definition on rounded operands: a weight is rounded once, beside sums that are not; all else is
+    float32.
+    """
+    q, k, v = operands
+    want = reference_attention(q, k, v, shape.scale, mask)
+    wide_k, wide_v = (np.repeat(x, shape.group, 1) for x in (k, v))
+    scores = shape.scale * q @ wide_k.swapaxes(-1, -2) + (0 if mask is None else mask)
+    peak = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    sizes = shape.scale * np.abs(q) @ np.abs(wide_k).swapaxes(-1, -2)
+    sizes = sizes + (0 if mask is None else np.where(np.isneginf(mask), 0, np.abs(mask)))
+    off = ((shape.size + 8) * sizes).max(-1, keepdims=True) * EPSILON
+    moved = np.expm1(2 * off) + UNITS[kind] + 2 * (8 + k.shape[2]) * EPSILON
+    assert np.all(np.abs(result - want) <= moved * (weights @ np.abs(wide_v)) + 1e-30)
+
+
+def laid(x: np.ndarray, layout: str) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(["bhld".index(axis) for axis in layout]))
 
 
@@ -118,5 +130,7 @@ def test_what_is_not_finite_shows(gpu: Worker) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="float8"):
         attention_prompt(SHAPE, (1, 1, 1), kind="float8")
+    with pytest.raises(ValueError, match="a head of 132 elements"):
+        attention_prompt(replace(SHAPE, value_size=132), (1, 1, 1))
     with pytest.raises(ValueError, match="two parts"):
         attention_prompt(replace(SHAPE, joined=True), (1, 1, 1))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
-from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.schedule.cuda.cut import Cut
 from tvm_ternary.schedule.cuda.matmul import matmul_function
@@ -58,7 +59,15 @@ def attention_functions() -> dict[str, tirx.PrimFunc]:
         functions[f"append_{name}"] = append_tokens(shape, (planes, planes), 64, (1, None, 511, 128))
     for heads, kv_heads, size, causal in ((32, 8, 128, True), (12, 12, 64, False)):
         shape = Attention(heads, kv_heads, size, size, size**-0.5)
-        functions[f"prompt_{heads}x{kv_heads}x{size}"] = attention_prompt(shape, (1, 4096, 4096), causal=causal)
+        name, lengths = f"{heads}x{kv_heads}x{size}", (1, 4096, 4096)
+        functions[f"prompt_{name}"] = attention_prompt(shape, lengths, causal=causal)
+        for planes in (2, 3) if size == 128 else (1,):
+            function = attention_prompt(shape, lengths, causal=causal, planes=planes, window=64)
+            functions[f"prompt_{name}_keys{planes}"] = function
+        function = attention_prompt_cached(shape, (2, 2), (1, 512, 511, 128))
+        functions[f"prompt_{name}_cached2"] = function
+    masked = attention_prompt(replace(shape, mask="bms"), lengths, kind="float16")
+    functions[f"prompt_{name}_masked"] = masked
     return functions
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tvm_ternary.schedule.cuda.device import Device
+from functools import cache
+
+from tvm_ternary.schedule.cuda.device import Device, HalfFormat, and_or
 
 MOST = 127 * 256 + 127
 """The largest number of 16 bits both of whose bytes are whole numbers with a sign."""
@@ -98,3 +100,40 @@ def _pack(kind: str, short: str) -> Device:
 pack_float16, pack_bfloat16 = _pack("float16", "f16"), _pack("bfloat16", "bf16")
 
 store_two = Device("tt_store_two", "void* to, float a, float b", "  *(float2*)to = make_float2(a, b);")
+
+put_words = Device(
+    "tt_put_words",
+    "void* shared, int offset, unsigned a, unsigned b, unsigned c, unsigned d",
+    "  *(uint4*)((char*)shared + offset) = make_uint4(a, b, c, d);",
+)
+
+_QUADS = {
+    1: "one & 0x03030303u, (one >> 2) & 0x03030303u",
+    2: "pair & 0x0f0f0f0fu, (pair >> 4) & 0x0f0f0f0fu",
+    3: "(pair & 0x0f0f0f0fu) + 9u * (one & 0x03030303u), ((pair >> 4) & 0x0f0f0f0fu) + 9u * ((one >> 2) & 0x03030303u)",
+}
+
+
+@cache
+def decode_eight(planes: int, half: HalfFormat) -> Device:
+    """Eight numbers of so many planes, times their scales: terms 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+
+    A number as the lowest bits of a float whose unit in the last place is 1 becomes itself by subtraction. Then it is
+    multiplied, with one rounding.
+    """
+    offset = (3**planes - 1) // 2
+    words = {1: "unsigned one", 2: "unsigned pair", 3: "unsigned one, unsigned pair"}[planes]
+    base = half.splat(-half.base - offset)
+    return Device(
+        f"tt_decode_eight_{planes}_{half.name}",
+        f"unsigned* to, const unsigned* scales, {words}",
+        f"""
+  unsigned quads[2] = {{{_QUADS[planes]}}};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {{
+    unsigned number = tt_and_or(quads[i / 2] >> (8 * (i % 2)), 0x00ff00ffu, {half.splat(half.base)});
+    to[i] = {half.fma.name}({half.fma.name}(number, {half.splat(1.0)}, {base}), scales[i], 0u);
+  }}
+""",
+        needs=(and_or, half.fma),
+    )
