@@ -24,6 +24,7 @@ from tvm_ternary.graph.passes.cache_attention import (
     without_past,
 )
 from tvm_ternary.graph.passes.round_keys import round_keys
+from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import STEPS
 from tvm_ternary.runtime.kv_cache import BLOCK
@@ -134,6 +135,7 @@ def choose_caches(
         return {}
     if window < 0 or window % BLOCK:
         raise OptionError(f"kv_window {window}", f"is no multiple of {BLOCK}")
+    model = unstack_pasts(model)
     found = find_caches(model)
     if not found:
         raise OptionError("attention", f"{model.name} has none that is known as such", "compile with --attention full")
@@ -179,6 +181,9 @@ def apply_choices(model: ImportedModel, choices: Choices, target: Target) -> Imp
         raise OptionError("attention", problem, "compile with --attention full")
     if not choices:
         return model
+    # Pasts that stay inputs stay as they are.
+    kept = [name for name, reason in find_caches(unstack_pasts(model)).items() if reason is None]
+    model = unstack_pasts(model, kept)
     if any(reason is None for reason in find_caches(model).values()):
         return cache_attention(model, choices, partial(_cached, target))
     return round_keys(model, choices, partial(_rounded, target))

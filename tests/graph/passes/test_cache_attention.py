@@ -13,6 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tvm_ternary
 from tests.models import gpt2
+from tests.ternary_matmul import NATIVE
+from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, read_modes
+from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.cache_attention import find_caches, without_past
 
@@ -99,6 +102,21 @@ def test_why_not() -> None:
     read.graph.node.append(helper.make_node("Neg", ["copy"], ["negative"]))
     read.graph.output.append(info("negative", "batch", KV_HEADS, "past", SIZE))
     assert find_caches(import_onnx(read)) == {"past_key": "has a past that something else reads"}
+
+
+def test_what_cannot_start_without_tokens() -> None:
+    """A mask of the past tokens alone."""
+    nodes = [
+        helper.make_node("Attention", ["q", "k", "v", "", "past_key", "past_value"], ["mixed", *PRESENT[1:]]),
+        helper.make_node("ReduceSum", ["old", "axis"], ["count"]),
+        helper.make_node("Mul", ["mixed", "count"], ["y"]),
+    ]
+    axis = [numpy_helper.from_array(np.array([0, 1]), "axis")]
+    spelled = model(nodes, KV_HEADS, info("old", "batch", "past"), flat=False, constants=axis)
+    imported = import_onnx(spelled)
+    choices = choose_caches(imported, read_modes("ternary-keys-values"), (2, 2), 64)
+    with pytest.raises(OptionError, match="cannot start without tokens: old would have no elements"):
+        apply_choices(imported, choices, NATIVE)
 
 
 def test_without_a_past_a_text_is_whole() -> None:

@@ -176,7 +176,7 @@ def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
 def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str | None:
     """Why keys and values of an attention cannot be kept inside."""
     if not match.states:
-        return NO_PAST
+        return _no_states(match, flow, inputs)
     pasts = match.states[0], match.states[2]
     for past in pasts:
         if past.value not in inputs:
@@ -186,6 +186,19 @@ def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> st
         if not isinstance(past.extents["l"], tvm.tirx.Var):
             return "has a past of a fixed length"
     return None
+
+
+def _no_states(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str:
+    """Why keys and values are not known as those of the past and new ones."""
+    joined = flow.call_of(match.key.value, "concat")
+    if joined is None:
+        return NO_PAST
+    past = joined.args[0].fields[0]
+    if past in inputs:
+        return "has keys and values that something else reads"
+    while (part := flow.call_of(flow.fields.get(past, past), "strided_slice", "squeeze", "take", "split")) is not None:
+        past = part.args[0]
+    return "has a past that is one tensor for keys and values" if past in inputs else NO_PAST
 
 
 class _WithoutStates(relax.PyExprMutator):
@@ -289,12 +302,12 @@ class _Cached(_WithoutStates):
     def _call(self, name: str) -> relax.Expr:
         """One call, or one for each run of heads with the same choice."""
         match, choices = self.matches[name], self.chosen[name]
-        masks, axes = add_masks(self.builder_, match, self.visit_expr)
+        masks, axes, hidden = add_masks(self.builder_, match, self.visit_expr)
         operands = [self.visit_expr(one.value) for one in (match.query, match.states[1], match.states[3])]
         kept: relax.Expr = self.kept
         if match.starts is not None:
             kept = self.builder_.emit(R.astype(self.visit_expr(match.starts), "int32"))
-        shape = replace(match.shape(axes), joined=False)
+        shape = replace(match.shape(axes, hidden), joined=False)
         if len(choices) == 1:
             return self._part(name, name, choices[0], shape, [*operands, *masks, kept])
         ends = list(itertools.accumulate(choice.heads for choice in choices))
@@ -391,11 +404,15 @@ def _parameters(number: int, shape: CacheShape, batch: Any) -> list[relax.Var]:
 def _require_start(module: tvm.IRModule, past: Any) -> None:
     """Refuse a module that has tensors without elements while there are no tokens yet."""
     nothing = {past: tvm.tirx.IntImm("int64", 0)}
+    # An error in a visitor would come out as one of TVM's.
+    empty: list[str] = []
 
     def visit(expr: relax.Expr) -> None:
         for dim in (dims_of(expr) if isinstance(expr, relax.Var) else None) or []:
             if known_extent(tvm.sym.Analyzer().simplify(substitute(dim, nothing))) == 0:
-                problem = f"cannot start without tokens: {expr.name_hint} would have no elements"
-                raise OptionError("attention with a cache inside", problem, "compile with --attention full")
+                empty.append(expr.name)
 
     relax.analysis.post_order_visit(module["main"], visit)
+    if empty:
+        problem = f"cannot start without tokens: {empty[0]} would have no elements"
+        raise OptionError("attention with a cache inside", problem, "compile with --attention full")
