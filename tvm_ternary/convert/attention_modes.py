@@ -14,17 +14,11 @@ import tvm
 from tvm_ternary.convert.attention import Errors, choose_planes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.cache_attention import (
-    NO_PAST,
-    CacheChoice,
-    Choices,
-    cache_attention,
-    find_caches,
-    named_attentions,
-    without_past,
-)
+from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, cache_attention
+from tvm_ternary.graph.passes.find_pasts import NO_PAST, find_caches, named_attentions
 from tvm_ternary.graph.passes.round_keys import round_keys
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
+from tvm_ternary.graph.passes.without_past import without_past
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import STEPS
 from tvm_ternary.runtime.kv_cache import BLOCK

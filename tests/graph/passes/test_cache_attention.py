@@ -14,10 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 import tvm_ternary
 from tests.models import gpt2
 from tests.ternary_matmul import NATIVE
+from tvm_ternary.convert.attention import CalledAttention
 from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, read_modes
 from tvm_ternary.errors import OptionError
+from tvm_ternary.evaluation.attention import RoundedModel
 from tvm_ternary.graph.importer import import_onnx
-from tvm_ternary.graph.passes.cache_attention import find_caches, without_past
+from tvm_ternary.graph.passes.find_pasts import find_caches
+from tvm_ternary.graph.passes.without_past import without_past
+from tvm_ternary.kernels.rounded_attention import Rounding
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
@@ -123,6 +127,25 @@ def test_without_a_past_a_text_is_whole() -> None:
     whole = without_past(import_onnx(standard(is_causal=1)))
     assert [spec.name for spec in whole.inputs] == ["q", "k", "v"]
     assert [str(spec) for spec in whole.outputs] == ["y: float32[batch, 4, new, 16]"]
+
+
+def test_without_a_past_sequences_may_have_lengths_of_their_own() -> None:
+    """As if all had been given at once: the new ones stand where they are placed behind nothing."""
+    model = import_onnx(grouped())
+    whole = without_past(model)
+    assert [str(spec) for spec in whole.inputs[3:]] == ["mask: int64[batch, new]"]
+    assert [str(spec) for spec in whole.outputs] == ["y: float32[batch, new, 64]"]
+    random, shape = np.random.default_rng(0), (1, 7)
+    feeds = {
+        name: random.standard_normal((*shape, heads * SIZE)).astype(np.float32)
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
+    }
+    feeds["mask"] = np.array([[1] * 5 + [0] * 2])
+    nothing = np.zeros((1, KV_HEADS, 0, SIZE), np.float32)
+    session = onnxruntime.InferenceSession(grouped().SerializeToString())
+    wanted = session.run(["y"], {**feeds, "past_key": nothing, "past_value": nothing})[0]
+    got = RoundedModel(CalledAttention(whole), Rounding(0, 0))(feeds)["y"]
+    assert np.abs(got - wanted)[:, :5].max() <= 1e-6
 
 
 def test_sequences_of_their_own_length(tmp_path: Path) -> None:

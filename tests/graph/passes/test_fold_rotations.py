@@ -22,7 +22,7 @@ from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, re
 from tvm_ternary.convert.float_model import SegmentRunner
 from tvm_ternary.formats.hadamard import hadamard
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
-from tvm_ternary.graph.passes.cache_attention import named_attentions
+from tvm_ternary.graph.passes.find_pasts import named_attentions
 from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, RESULT, VALUE, Parts, fold_rotations
 from tvm_ternary.quantize import quantize
 

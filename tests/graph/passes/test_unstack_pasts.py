@@ -14,7 +14,7 @@ from tests.ternary_matmul import NATIVE
 from tvm_ternary.convert.attention_modes import apply_choices, choose_caches, read_modes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
-from tvm_ternary.graph.passes.cache_attention import find_caches
+from tvm_ternary.graph.passes.find_pasts import find_caches
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
 
 from .small_graphs import bindings, operators

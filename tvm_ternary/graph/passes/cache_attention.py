@@ -27,19 +27,19 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm.relax import op as R
-from tvm.tirx.analysis import undefined_vars
 
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.values import describe, plain
-from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of, with_main
-from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
+from tvm_ternary.graph.passes.dataflow import dims_of
+from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
+from tvm_ternary.graph.passes.find_pasts import named_attentions
 from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, RESULT, VALUE, Parts, fold_rotations
 from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
+from tvm_ternary.graph.passes.without_past import WithoutStates, totals_of
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.kv_cache import BLOCK, CacheShape
-from tvm_ternary.runtime.linear import read_linear
 from tvm_ternary.runtime.manifest import CacheInfo
 from tvm_ternary.schedule.cpu.nest import substitute
 
@@ -70,24 +70,7 @@ Choices = Mapping[str, tuple[CacheChoice, ...]]
 """By the names of `find_caches`, choices for all heads of an attention."""
 
 
-NO_PAST = "has no past keys and values as inputs"
 PAST, KEPT = "past_length", "kept_tokens"
-
-
-def find_caches(model: ImportedModel) -> dict[str, str | None]:
-    """The attentions whose keys and values may be kept inside.
-
-    Parameters
-    ----------
-    model : ImportedModel
-
-    Returns
-    -------
-    dict of str to (str or None)
-        For every attention its name, that of the input with its past keys (``attention.3`` where it has none), and why
-        it may not; None where it may. In the order in which they are computed.
-    """
-    return {name: reason for name, (_, reason) in _named(model).items()}
 
 
 def cache_attention(model: ImportedModel, chosen: Choices, schedule: Schedule) -> ImportedModel:
@@ -136,129 +119,8 @@ def _turned(match: Match, choices: Sequence[CacheChoice]) -> Parts:
     return frozenset({QUERY, KEY, *((VALUE, RESULT) if all(choice.value_planes for choice in choices) else ())})
 
 
-def named_attentions(model: ImportedModel) -> dict[str, Match]:
-    """All attentions by the names of `find_caches`."""
-    return {name: match for name, (match, _) in _named(model).items()}
-
-
-def without_past(model: ImportedModel) -> ImportedModel:
-    """The same model for a whole text at once: nothing is past, and no keys and values go in or out.
-
-    Parameters
-    ----------
-    model : ImportedModel
-        All of whose attentions `find_caches` gives without a reason.
-    """
-    if any(match.starts is not None for match, _ in _named(model).values()):
-        problem = "cannot be measured where sequences have different lengths (GroupQueryAttention)"
-        raise OptionError("attention adaptive", problem, "choose ternary-keys-values and a number of planes")
-    names, past = zip(
-        *((name, match.states[0].extents["l"]) for name, (match, _) in _named(model).items()), strict=True
-    )
-    # Bound while there are inputs that it is a dimension of.
-    bound = relax.transform.BindSymbolicVars({past[0]: tvm.tirx.IntImm("int64", 0)}, "main")(model.module)
-    matches = dict(zip(names, find_attentions(bound).values(), strict=True))
-    return _Whole(replace(model, module=bound), matches).run(describe(past[0]))
-
-
-def _named(model: ImportedModel) -> dict[str, tuple[Match, str | None]]:
-    main = model.module["main"]
-    flow = Dataflow(main)
-    inputs = {var: spec.name for var, spec in zip(main.params, model.inputs, strict=False)}
-    found: dict[str, tuple[Match, str | None]] = {}
-    for number, match in enumerate(find_attentions(model.module).values()):
-        reason = _reason(match, flow, inputs)
-        past = match.states[0].value if match.states else None
-        found[inputs.get(past, f"attention.{number}")] = (match, reason)
-    return found
-
-
-def _reason(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str | None:
-    """Why keys and values of an attention cannot be kept inside."""
-    if not match.states:
-        return _no_states(match, flow, inputs)
-    pasts = match.states[0], match.states[2]
-    for past in pasts:
-        if past.value not in inputs:
-            return "has a past that is computed from an input"
-        if flow.readers[past.value] != {match.key.value} and flow.readers[past.value] != {match.value.value}:
-            return "has a past that something else reads"
-        if not isinstance(past.extents["l"], tvm.tirx.Var):
-            return "has a past of a fixed length"
-    return None
-
-
-def _no_states(match: Match, flow: Dataflow, inputs: Mapping[relax.Var, str]) -> str:
-    """Why keys and values are not known as those of the past and new ones."""
-    joined = flow.call_of(match.key.value, "concat")
-    if joined is None:
-        return NO_PAST
-    past = joined.args[0].fields[0]
-    if past in inputs:
-        return "has keys and values that something else reads"
-    while (part := flow.call_of(flow.fields.get(past, past), "strided_slice", "squeeze", "take", "split")) is not None:
-        past = part.args[0]
-    return "has a past that is one tensor for keys and values" if past in inputs else NO_PAST
-
-
-class _WithoutStates(relax.PyExprMutator):
-    """Takes inputs that are past, and outputs that are present, from a model."""
-
-    def __init__(self, model: ImportedModel, matches: Mapping[str, Match]) -> None:
-        super().__init__(model.module)
-        self.model, self.main, self.matches = model, model.module["main"], matches
-        self.count = int(self.main.attrs["num_input"])
-        pasts = {match.states[n].value for match in matches.values() for n in (0, 2)}
-        self.specs = dict(zip(self.main.params, model.inputs, strict=False))
-        self.inputs = {var: spec for var, spec in self.specs.items() if var not in pasts}
-        self.gone = {one.value for match in matches.values() for one in (match.key, match.value)}
-
-    def rewritten(self, more: Callable[[], list[relax.Var]]) -> ImportedModel:
-        """The model with other inputs, those of ``more`` behind the ones that stay."""
-        body = self.visit_expr(self.main.body)
-        given = [*self.inputs, *more()]
-        function = relax.Function([*given, *self.main.params[self.count :]], body, None, self.main.is_pure)
-        function = function.with_attr("global_symbol", "main").with_attr("num_input", len(given))
-        blocks = self.main.body.blocks
-        returned = next(b.value for block in blocks for b in block.bindings if b.var == self.main.body.body)
-        outputs = zip(self.model.outputs, returned.fields, strict=True)
-        return replace(
-            self.model,
-            module=relax.transform.DeadCodeElimination()(with_main(self.builder_, function)),
-            inputs=tuple(self.inputs.values()),
-            outputs=tuple(spec for spec, field in outputs if field not in self.gone),
-        )
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        if binding.var == self.main.body.body:
-            fields = [self.visit_expr(field) for field in binding.value.fields if field not in self.gone]
-            self.set_var_remap(binding.var, self.builder_.emit_output(relax.Tuple(fields)))
-        else:
-            super().visit_var_binding_(binding)
-
-
 @relax.expr_functor.mutator
-class _Whole(_WithoutStates):
-    """Where keys and values were joined, new ones are all there are."""
-
-    def run(self, past: str) -> ImportedModel:
-        model = self.rewritten(list)
-        inputs, outputs = (
-            tuple(replace(spec, shape=tuple(_at_start(dim, past) for dim in spec.shape)) for spec in specs)
-            for specs in (model.inputs, model.outputs)
-        )
-        return replace(model, inputs=inputs, outputs=outputs)
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        new = {one.value: one.joined[1] for match in self.matches.values() for one in (match.key, match.value)}
-        if binding.var in new:
-            self.set_var_remap(binding.var, self.visit_expr(new[binding.var]))
-        else:
-            super().visit_var_binding_(binding)
-
-
-@relax.expr_functor.mutator
-class _Cached(_WithoutStates):
+class _Cached(WithoutStates):
     """Where keys and values were joined, a cache is appended to and attended to."""
 
     def __init__(
@@ -286,7 +148,7 @@ class _Cached(_WithoutStates):
 
         model = self.rewritten(more)
         _require_start(model.module, past)
-        totals = {total for match in self.matches.values() for total in _totals(match, past)}
+        totals = {total for match in self.matches.values() for total in map(describe, totals_of(match, past))}
         sums: dict[int | str, str] = {
             total: f"{info.past} + {info.length}" for info in self.infos.values() for total in totals
         }
@@ -373,22 +235,6 @@ class _Cached(_WithoutStates):
         call = relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
         # The matrix is its own inverse.
         return turn(self.builder_.emit(call), match.layout) if RESULT in turned else call
-
-
-def _totals(match: Match, past: Any) -> list[str]:
-    """The dimension that has to be the past and the new tokens, where a model does not say that it is."""
-    if match.starts is None:
-        return []
-    return [describe(dim) for dim in undefined_vars(match.key.extents["l"]) if not dim.same_as(past)]
-
-
-def _at_start(dim: int | str, past: str) -> int | str:
-    """A dimension where nothing is past."""
-    formula = read_linear(dim) if isinstance(dim, str) else None
-    if formula is None:
-        return dim
-    rest = formula.put({past: 0})
-    return rest if isinstance(rest, int) else rest.name or str(rest)
 
 
 def _parameters(number: int, shape: CacheShape, batch: Any) -> list[relax.Var]:
