@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.gpu.cases import Cache, cache_name
+from benchmarks.gpu.cases import Cache, cache_name, chunk_name
 from benchmarks.gpu.kernels import Kernels
+from benchmarks.gpu.prompts import BFLOAT16, multiplied, wrong_in_head
+from benchmarks.gpu.reference import rounded
 from tvm_ternary.kernels.attention import reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, STEPS, dequantize_block, digits, quantize_block, unpack
 from tvm_ternary.runtime.kv_cache import CacheShape
@@ -48,7 +50,7 @@ class CheckedCache:
     def __init__(self, kernels: Kernels, cache: Cache, generator: np.random.Generator) -> None:
         heads, kv_heads, self._size, self._planes, tokens = cache
         gpu, self._shape = kernels.gpu, shape_of(cache)
-        self._gpu = gpu
+        self._kernels, self._cache = kernels, cache
         state = [gpu.array(np.full(shape, _POISON[kind], kind), kind) for shape, kind in self._shape.arrays]
         append, step = (gpu.function(kernels.path, f"{kind}_{cache_name(cache)}") for kind in ("append", "step"))
         self._new = [generator.standard_normal((1, tokens, kv_heads, self._size), np.float32) for _ in range(2)]
@@ -59,7 +61,7 @@ class CheckedCache:
         self._q = generator.standard_normal((1, 1, heads, self._size), np.float32)
         out = gpu.array(np.full(self._q.shape, np.nan, np.float32), "float32")
         step(gpu.array(self._q, "float32"), *state, out)
-        self._out = gpu.read(out)[0, 0]
+        self._out, self._held = gpu.read(out)[0, 0], state
         # As bytes, whatever they are.
         self._state = [gpu.read(x).view(kind) for x, (_, kind) in zip(state, self._shape.arrays, strict=True)]
         self._full, self._recent = (int(x[0]) for x in self._state[-2:])
@@ -78,6 +80,28 @@ class CheckedCache:
             rows = np.s_[head * group : (head + 1) * group]
             want, bound = self._expected(self._q[0, 0, rows].astype(np.float64), k, v)
             found["step"] += int((~(np.abs(self._out[rows] - want) <= bound)).sum())
+        return found
+
+    def wrong_behind(self, tokens: int, generator: np.random.Generator) -> int:
+        """How many results of a prompt of new tokens, of the first and the last head, are not what they should be."""
+        gpu, (heads, kv_heads, size, *_) = self._kernels.gpu, self._cache
+        q, k, v = (generator.standard_normal((1, tokens, n, size), np.float32) for n in (heads, kv_heads, kv_heads))
+        out = gpu.array(np.full(q.shape, np.nan, np.float32), "float32")
+        function = gpu.function(self._kernels.path, f"prompt_{chunk_name((*self._cache, tokens))}")
+        new = [gpu.array(x, "float32") for x in (q, k, v)]
+        function(new[0], *self._held[:-2], *new[1:], *self._held[-2:], out)
+        got, found = gpu.read(out)[0], 0
+        for head in {0, heads - 1}:
+            kv = head // (heads // kv_heads)
+            states = []
+            for n, x in enumerate((k, v)):
+                (codes, scale, tail), _ = self._head(kv, n)
+                floats = np.concatenate([tail, x[0, :, kv]])
+                states.append(
+                    np.concatenate([multiplied(codes[None], scale[None], n - 2)[0], rounded(floats, BFLOAT16)])
+                )
+            operands = rounded(np.ascontiguousarray(q[0, :, head]), BFLOAT16), states[0], states[1]
+            found += wrong_in_head(got[:, head], operands, generator, causal=True)
         return found
 
     def _head(self, head: int, n: int) -> tuple[tuple[Any, Any, Any], int]:
@@ -192,6 +216,33 @@ class TimedCache:
             k, v = (torch.randn(1, kv_heads, tokens, size, **kind) for _ in range(2))
             calls.append(_call(attend, torch.randn(rows, **kind), k, v, **options))
         return calls
+
+    def prompt_times(self, tokens: int) -> dict[str, Any]:
+        """A line of results: seconds of a prompt of new tokens, and of torch's attention in bfloat16.
+
+        torch's queries see all new tokens, which is what it has a fast kernel for; ours half of them.
+        """
+        torch, place, (heads, kv_heads, size, _, past) = self._device.torch, self._device.place, self._cache
+        q, k, v, out = (torch.randn(1, tokens, n, size, device=place) for n in (heads, kv_heads, kv_heads, heads))
+        function, state = self._device.library[f"prompt_{chunk_name((*self._cache, tokens))}"], self._state()
+        kind = {"device": place, "dtype": torch.bfloat16}
+        theirs = [
+            torch.randn(1, n, length, size, **kind) for n, length in ((heads, tokens), *[(kv_heads, past + tokens)] * 2)
+        ]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        ours, other = self._device.seconds(
+            [
+                [_call(function, q, *state[:-2], k, v, *state[-2:], out)],
+                [_call(attend, *theirs, enable_gqa=heads != kv_heads)],
+            ]
+        )
+        return {
+            "case": chunk_name((*self._cache, tokens)),
+            "seconds": ours.seconds,
+            "torch_bf16": other.seconds,
+            "spread": max(ours.spread, other.spread),
+            "operations": 4 * heads * size * tokens * (past + tokens // 2),
+        }
 
     @staticmethod
     def _sets(size: int) -> int:

@@ -24,8 +24,10 @@ from benchmarks.gpu.cases import (
     ALL,
     ARCH,
     VOCABULARY,
+    WINDOW,
     Cases,
     cache_name,
+    chunk_name,
     cpu_name,
     cpu_scheme,
     model_name,
@@ -44,7 +46,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.schedule import dispatch
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
-from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.target import Target, resolve
 
@@ -108,7 +110,7 @@ def kernels(folder: Path, target: Target, cases: Cases) -> None:
 
 
 def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
-    """What appends to each cache, any number of tokens at once, and a step over it; and attention of each prompt."""
+    """What appends to each cache, any number of tokens at once, a step over it, and attention of each prompt."""
     functions = {}
     for cache in cases.caches:
         (heads, *_), held = cache, shape_of(cache)
@@ -122,9 +124,15 @@ def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
             name = f"{kind}_{cache_name(cache)}"
             functions[name] = function.with_attr("global_symbol", name)
     for prompt in cases.prompts:
-        heads, kv_heads, size, tokens, causal = prompt
+        heads, kv_heads, size, tokens, causal, planes = prompt
         shape, name = Attention(heads, kv_heads, size, size, size**-0.5), f"prompt_{prompt_name(prompt)}"
-        function = attention_prompt(shape, (1, tokens, tokens), causal=causal)
+        function = attention_prompt(shape, (1, tokens, tokens), causal=causal, planes=planes, window=WINDOW)
+        functions[name] = function.with_attr("global_symbol", name)
+    for chunk in cases.chunks:
+        (heads, *_), held, name = chunk, shape_of(chunk[:5]), f"prompt_{chunk_name(chunk)}"
+        shape = Attention(heads, held.kv_heads, held.size, held.size, held.size**-0.5, key="bhld", value="bhld")
+        planes_of = held.key_planes, held.value_planes
+        function = attention_prompt_cached(shape, planes_of, (held.batch, chunk[5], held.blocks, held.room))
         functions[name] = function.with_attr("global_symbol", name)
     return functions
 

@@ -45,16 +45,25 @@ CACHES = (
 TIMED_TOKENS = 4096
 ASKED_CACHE = CACHES[3]
 
-# Heads of queries and of keys, elements of a head, tokens, causal.
+# Heads of queries and of keys, elements of a head, tokens, causal, planes of the keys (0: they are in float).
 PROMPTS = (
-    (4, 2, 20, 70, True),
-    (3, 3, 64, 200, False),
-    (32, 8, 128, 512, True),
-    (32, 8, 128, 4096, True),
-    (32, 8, 128, 4096, False),
-    (12, 12, 64, 4096, True),
+    (4, 2, 20, 70, True, 0),
+    (3, 3, 64, 200, False, 0),
+    (4, 2, 20, 150, True, 1),
+    (2, 1, 96, 200, False, 3),
+    (32, 8, 128, 512, True, 0),
+    (32, 8, 128, 4096, True, 0),
+    (32, 8, 128, 4096, False, 0),
+    (12, 12, 64, 4096, True, 0),
+    (32, 8, 128, 4096, True, 2),
+    (32, 8, 128, 4096, True, 1),
 )
 TIMED_PROMPT_TOKENS = 512
+WINDOW = 64
+"""Last keys that stay in float."""
+
+# Caches, and new tokens behind what is in them.
+CHUNKS = ((*CACHES[0], 70), (*CACHES[3], 512))
 
 REQUIRED = (
     ("copy", "M = 1, t1a16 and t1a8, matrices over 16 MB read: share of the measured copy bandwidth", 0.8),
@@ -75,8 +84,10 @@ Matrix = tuple[int, int, str]
 """N, K, scheme."""
 Cache = tuple[int, int, int, int, int]
 """Heads, heads of keys, size, planes, tokens."""
-Prompt = tuple[int, int, int, int, bool]
-"""Heads, heads of keys, size, tokens, causal."""
+Prompt = tuple[int, int, int, int, bool, int]
+"""Heads, heads of keys, size, tokens, causal, planes."""
+Chunk = tuple[int, int, int, int, int, int]
+"""A cache, and new tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,8 @@ class Cases:
         Of the models' table.
     caches : tuple of Cache
     prompts : tuple of Prompt
-        Those that attention is checked and, if they are long, timed with.
+    chunks : tuple of Chunk
+        Those that attention is checked and, if they are long, timed with. A chunk's cache is among ``caches``.
     """
 
     checked: tuple[Matrix, ...]
@@ -109,6 +121,7 @@ class Cases:
     words: int = VOCABULARY
     caches: tuple[Cache, ...] = ()
     prompts: tuple[Prompt, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
 
 def timed() -> tuple[Matrix, ...]:
@@ -122,7 +135,7 @@ def timed() -> tuple[Matrix, ...]:
     )
 
 
-ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS, caches=CACHES, prompts=PROMPTS)
+ALL = Cases(CHECKED, CHECKED_ROWS, timed(), TIMED_ROWS, MODELS, caches=CACHES, prompts=PROMPTS, chunks=CHUNKS)
 
 
 def name_of(n: int, k: int, scheme: str) -> str:
@@ -138,8 +151,14 @@ def cache_name(cache: Cache) -> str:
 
 def prompt_name(prompt: Prompt) -> str:
     """The name of a prompt's function, ``prompt_`` before it."""
-    heads, kv_heads, size, tokens, causal = prompt
-    return f"{heads}x{kv_heads}x{size}_{tokens}{'_causal' if causal else ''}"
+    heads, kv_heads, size, tokens, causal, planes = prompt
+    packed = f"t{planes}k_" if planes else ""
+    return f"{packed}{heads}x{kv_heads}x{size}_{tokens}{'_causal' if causal else ''}"
+
+
+def chunk_name(chunk: Chunk) -> str:
+    """The name of the function of a prompt behind a cache, ``prompt_`` before it."""
+    return f"{cache_name(chunk[:5])}_{chunk[5]}"
 
 
 def model_name(batch: int, length: int, scheme: str) -> str:

@@ -19,8 +19,10 @@ from benchmarks.gpu.cases import (
     TIMED_PROMPT_TOKENS,
     TIMED_TOKENS,
     Cache,
+    Chunk,
     Prompt,
     cache_name,
+    chunk_name,
     model_name,
     name_of,
     prompt_name,
@@ -79,7 +81,7 @@ class Phases:
     def kernels(self) -> None:
         """Compare small kernels of every kind with their references, each number of rows on fresh data over poison."""
         self._kernels(self.cases.checked_rows)
-        self._attention(self.cases.caches, self.cases.prompts)
+        self._attention(self.cases.caches, self.cases.prompts, self.cases.chunks)
 
     def small_kernels(self) -> None:
         """What runs under compute-sanitizer."""
@@ -87,6 +89,7 @@ class Phases:
         self._attention(
             [cache for cache in self.cases.caches if cache[-1] < TIMED_TOKENS],
             [prompt for prompt in self.cases.prompts if prompt[3] < TIMED_PROMPT_TOKENS],
+            self.cases.chunks,
         )
 
     def _kernels(self, rows: Sequence[int]) -> None:
@@ -100,11 +103,16 @@ class Phases:
                 off = ~(np.abs(call(x) - exact @ matrix.dense.T) <= bound(exact, matrix))
                 self._checked(name, m, int(off.sum()))
 
-    def _attention(self, caches: Sequence[Cache], prompts: Sequence[Prompt]) -> None:
+    def _attention(self, caches: Sequence[Cache], prompts: Sequence[Prompt], chunks: Sequence[Chunk]) -> None:
         kernels, generator = Kernels(self.folder), np.random.default_rng()
         for cache in caches:
-            for kind, wrong in CheckedCache(kernels, cache, generator).wrong().items():
+            checked = CheckedCache(kernels, cache, generator)
+            for kind, wrong in checked.wrong().items():
                 self._checked(f"{kind}_{cache_name(cache)}", 1, wrong)
+            for chunk in chunks:
+                if chunk[:5] == cache:
+                    wrong = checked.wrong_behind(chunk[5], generator)
+                    self._checked(f"prompt_{chunk_name(chunk)}", chunk[5], wrong)
         for prompt in prompts:
             self._checked(f"prompt_{prompt_name(prompt)}", prompt[3], wrong_results(kernels, prompt, generator))
 
@@ -161,6 +169,8 @@ class Phases:
         prompts = [prompt for prompt in self.cases.prompts if prompt[3] >= TIMED_PROMPT_TOKENS]
         steps = [(cache_name(cache), self._time_cache, cache) for cache in caches]
         steps += [(f"prompt_{prompt_name(prompt)}", self._time_prompt, prompt) for prompt in prompts]
+        chunks = [chunk for chunk in self.cases.chunks if chunk[4] >= TIMED_TOKENS]
+        steps += [(f"prompt_{chunk_name(chunk)}", self._time_chunk, chunk) for chunk in chunks]
         for name, step, case in steps:
             if name not in begun:
                 self.results.add("begin", case=name)
@@ -188,6 +198,13 @@ class Phases:
         from benchmarks.gpu.prompts import TimedPrompt
 
         line = TimedPrompt(self.device, prompt).times()
+        self.results.add("prompt", **line)
+        print(f"{line['case']}: {told(line)}", flush=True)
+
+    def _time_chunk(self, chunk: Chunk) -> None:
+        from benchmarks.gpu.attention import TimedCache
+
+        line = TimedCache(self.device, chunk[:5]).prompt_times(chunk[5])
         self.results.add("prompt", **line)
         print(f"{line['case']}: {told(line)}", flush=True)
 

@@ -64,8 +64,8 @@ def known_cases(folder: Path) -> Cases:
     checked, timed, models = (tuple((a, b, t) for a, b, t in lists[key]) for key in ("checked", "timed", "models"))
     sizes, words = tuple((batch, length) for batch, length in lists["free_sizes"]), lists["words"]
     rows, timed_rows = (tuple(lists[key]) for key in ("checked_rows", "timed_rows"))
-    caches, prompts = (tuple(map(tuple, lists[key])) for key in ("caches", "prompts"))
-    return Cases(checked, rows, timed, timed_rows, models, sizes, words, caches, prompts)
+    attention = (tuple(map(tuple, lists[key])) for key in ("caches", "prompts", "chunks"))
+    return Cases(checked, rows, timed, timed_rows, models, sizes, words, *attention)
 
 
 def host_facts() -> dict[str, Any]:

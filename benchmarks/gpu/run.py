@@ -14,7 +14,7 @@ import numpy as np
 
 import tvm_ternary as tt
 from benchmarks.gpu import peers
-from benchmarks.gpu.cases import ARCH, Cases, cache_name, cpu_name, name_of, prompt_name
+from benchmarks.gpu.cases import ARCH, Cases, cache_name, chunk_name, cpu_name, name_of, prompt_name
 from benchmarks.gpu.models import inputs_of, random_sentences
 from benchmarks.gpu.phases import AGAIN, WRONG
 from benchmarks.gpu.reference import bound, random_activations, random_matrix, rounded
@@ -67,6 +67,7 @@ def without_gpu(folder: Path) -> None:
     names = [f"{kind}_{name_of(*case)}" for case in (*cases.timed, *cases.checked) for kind in ("rows", "matmul")]
     names += [f"{kind}_{cache_name(cache)}" for cache in cases.caches for kind in ("append", "step")]
     names += [f"prompt_{prompt_name(prompt)}" for prompt in cases.prompts]
+    names += [f"prompt_{chunk_name(chunk)}" for chunk in cases.chunks]
     content = (folder / "kernels.so").read_bytes()
     absent = [name for name in names if name.encode() not in content]
     assert not absent, f"kernels.so lacks {', '.join(absent)}"

@@ -43,6 +43,7 @@ def test_a_visit_checks_kernels_models_and_the_program(made: tuple[Path, list[st
     assert [(line["case"], line["m"], line["wrong"]) for line in lines if line["kind"] == "check"] == [
         *((cases.name_of(*case), m, 0) for case in kit.CASES.checked for m in kit.CASES.checked_rows),
         *((f"{kind}_{cases.cache_name(cache)}", 1, 0) for cache in kit.CASES.caches for kind in ("append", "step")),
+        *((f"prompt_{cases.chunk_name(chunk)}", chunk[5], 0) for chunk in kit.CASES.chunks),
         *((f"prompt_{cases.prompt_name(prompt)}", prompt[3], 0) for prompt in kit.CASES.prompts),
     ]
     found = {line["kind"]: line for line in lines}
@@ -83,7 +84,7 @@ def test_without_a_gpu_it_says_what_it_tried_and_exits_2(made: tuple[Path, list[
         pytest.fail(f"this host has a GPU, or something is wrong: {result.stderr}")
     assert result.returncode == 2
     assert "nothing was measured" in result.stderr
-    assert "kernels.so has its 9 functions" in result.stdout
+    assert "kernels.so has its 11 functions" in result.stdout
     assert "references: 3 matrices" in result.stdout
     assert "cpu_t2a8g16: ran on the CPU" in result.stdout
     assert not list(tmp_path.iterdir())
@@ -145,7 +146,7 @@ def test_the_script_unpacks_runs_and_cleans_up(made: tuple[Path, list[str]], cop
     finally:
         del os.environ["TMPDIR"]
     assert status == 2, errors
-    assert "kernels.so has its 9 functions" in printed
+    assert "kernels.so has its 11 functions" in printed
     assert not list(places.iterdir())
     with (folder / "kit.tar.xz").open("ab") as stream:
         stream.write(b"more")

@@ -71,10 +71,26 @@ def test_a_step_is_timed_over_more_than_a_gpu_keeps_beside_torch() -> None:
 
 def test_a_prompt_is_timed_beside_torch() -> None:
     calls: CALLS = []
-    line = TimedPrompt(counting_device(calls), (32, 8, 128, 512, True)).times()
+    line = TimedPrompt(counting_device(calls), (32, 8, 128, 512, True, 0)).times()
     assert (line["case"], line["operations"]) == ("32x8x128_512_causal", 2 * 32 * 128 * 512 * 512)
     ours, theirs = calls
     q, k = (1, 512, 32, 128), (1, 512, 8, 128)
     assert ours == ("prompt_32x8x128_512_causal", [q, k, k, q], {})
     heads = [(1, 32, 512, 128), *[(1, 8, 512, 128)] * 2]
     assert theirs == ("sdpa", heads, {"is_causal": True, "enable_gqa": True})
+
+
+def test_prompts_over_packed_keys_and_behind_a_cache() -> None:
+    calls: CALLS = []
+    TimedPrompt(counting_device(calls), (32, 8, 128, 512, True, 3)).times()
+    (name, shapes, _), _ = calls
+    words = [(1, 8, 9, 4, count, 16) for count in (8, 16)]
+    assert name == "prompt_t3k_32x8x128_512_causal"
+    assert shapes[1:4] == [*words, (1, 8, 9, 128)]
+    calls.clear()
+    line = TimedCache(counting_device(calls), ASKED_CACHE).prompt_times(512)
+    (ours, shapes, _), theirs = calls
+    assert (line["case"], line["operations"]) == ("t2kv_32x8x128_32768_512", 4 * 32 * 128 * 512 * (32768 + 256))
+    assert ours == "prompt_t2kv_32x8x128_32768_512"
+    assert shapes[-5:] == [(1, 512, 8, 128), (1, 512, 8, 128), (1,), (1,), (1, 512, 32, 128)]
+    assert theirs == ("sdpa", [(1, 32, 512, 128), *[(1, 8, 33280, 128)] * 2], {"enable_gqa": True})
