@@ -17,7 +17,8 @@ import numpy.typing as npt
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.mixed import Budget, mixed_plan
 from tvm_ternary.convert.parts import Parts, open_parts
-from tvm_ternary.convert.samples import find_tokenizer, load_samples
+from tvm_ternary.convert.samples import find_tokenizer, given_names, load_samples
+from tvm_ternary.convert.whole_texts import model_for
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
 from tvm_ternary.errors import OptionError, OutputError
 from tvm_ternary.formats import Scheme
@@ -102,7 +103,8 @@ def quantize_model(
     config : path, optional
         A TOML file with the same keys.
     calibration : path or iterable, optional
-        Inputs of the model, as `load_samples` takes them. Matrices are then fitted to what they multiply.
+        Inputs of the model, as `load_samples` takes them. Matrices are then fitted to what they multiply. Of a decoder
+        that takes keys and values of the past they may be whole texts, without one.
     target_bpw, max_error : float, optional
         Choose planes and group sizes a matrix (`mixed_plan`): the least error for so many bits a weight on average, or
         the fewest bits with at most this relative output error, float where nothing reaches it.
@@ -153,11 +155,13 @@ def quantize_model(
     report("import", 1, 1)
     budget = None if target_bpw is None and max_error is None else Budget(target_bpw, max_error)
     inputs: list[dict[str, npt.NDArray[Any]]] | None = None
+    measured = imported
     if calibration is not None and (budget is not None or not dry_run):
-        text = find_tokenizer(tokenizer, source)
-        inputs = load_samples(calibration, imported.inputs, samples, seed, text, length, windows=True)
+        data = calibration if isinstance(calibration, str | Path) else list(calibration)
+        measured, text = model_for(imported, given_names(data)), find_tokenizer(tokenizer, source)
+        inputs = load_samples(data, measured.inputs, samples, seed, text, length, windows=True)
     if budget is not None:
-        rows = mixed_plan(imported, rows, chosen.recipe, inputs, budget, report)
+        rows = mixed_plan(measured, rows, chosen.recipe, inputs, budget, report)
     if destination is None:
         planned = tuple(described(row, None) for row in rows.values())
         return QuantizedModel(None, planned, time.perf_counter() - started)
@@ -173,7 +177,7 @@ def quantize_model(
         "version": version("tvm-ternary"),
     }
     with open_parts(destination, job, resume=resume) as parts:
-        work = Work(imported, rows, chosen, parts, report, on_layer)
+        work = Work(measured, rows, chosen, parts, report, on_layer)
         work.run(inputs)
         report("write", 0, 1)
         _finish(destination, parts, imported, work, _config(source, rows, work, options), source)

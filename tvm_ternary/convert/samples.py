@@ -86,7 +86,7 @@ def load_samples(
         if value < 1:
             raise OptionError(f"option {option}", f"{value}, expected at least 1")
     origin = os.fspath(data) if isinstance(data, str | os.PathLike) else "calibration data"
-    items = list(_read(Path(data))) if isinstance(data, str | os.PathLike) else list(data)
+    items = _items(data)
     if not items:
         raise InputError(origin, "holds no sample; expected one at least")
     generator = np.random.default_rng(seed)
@@ -102,6 +102,21 @@ def load_samples(
             pairs = [(items[i], texts[i]) for i in sorted(order[:samples])]
             chosen = [item if text is None else encode(text, length) for item, text in pairs]
     return [_sample(f"{origin}, sample {i}", inputs, item) for i, item in enumerate(chosen)]
+
+
+def given_names(data: Data) -> set[str]:
+    """The inputs that samples name; texts name none.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    return {name for item in _items(data) if isinstance(item, Mapping) and _text(item) is None for name in item}
+
+
+def _items(data: Data) -> list[Mapping[str, Any] | str]:
+    return list(_read(Path(data)) if isinstance(data, str | os.PathLike) else data)
 
 
 def _read(path: Path) -> Iterator[Mapping[str, Any] | str]:

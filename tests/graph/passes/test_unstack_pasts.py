@@ -17,7 +17,7 @@ from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.graph.passes.find_pasts import find_caches
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
 
-from .small_graphs import bindings, operators
+from .small_graphs import bindings, operators, random
 
 HEADS, SIZE = 2, 4
 WIDTH = HEADS * SIZE
@@ -30,7 +30,7 @@ def model(nodes: Nodes, more: Sequence[onnx.ValueInfoProto] = ()) -> onnx.ModelP
 
     inputs = [info("x", "batch", "new", WIDTH), info("past", 2, "batch", HEADS, "past", SIZE)]
     outputs = [info("y", "batch", "new", WIDTH), info("present", 2, "batch", HEADS, "total", SIZE), *more]
-    matrices = [numpy_helper.from_array(np.ones((WIDTH, 3 * WIDTH), np.float32), "w")]
+    matrices = [numpy_helper.from_array(random(WIDTH, 3 * WIDTH), "w")]
     numbers = {f"_{n}": np.array(n) for n in (0, 1)} | {"_00": np.array([0]), "heads": np.array([0, 0, HEADS, SIZE])}
     numbers["rows"] = np.array([0, 0, WIDTH])
     constants = [numpy_helper.from_array(array, name) for name, array in numbers.items()]

@@ -38,10 +38,10 @@ def without_past(model: ImportedModel) -> ImportedModel:
         All of whose attentions `find_caches` gives without a reason.
     """
     matches = named_attentions(model)
-    first = next(iter(matches.values()))
-    past, new = first.states[0].extents["l"], first.query.extents["l"]
-    values = {past: tvm.tirx.IntImm("int64", 0)}
-    values |= {total: new for match in matches.values() for total in totals_of(match, past)}
+    values: dict[tvm.tirx.Var, Any] = {}
+    for match in matches.values():
+        past, new = match.states[0].extents["l"], match.query.extents["l"]
+        values |= {past: tvm.tirx.IntImm("int64", 0)} | dict.fromkeys(totals_of(match, past), new)
     # Bound while there are inputs that it is a dimension of.
     bound = relax.transform.BindSymbolicVars(values, "main")(model.module).clone()
     bound["main"] = tvm_ffi.structural_map(bound["main"], (tvm.tirx.Max, _larger))
