@@ -19,6 +19,7 @@ from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
+from tvm_ternary.schedule.intrinsics import PAIR_DOTS
 from tvm_ternary.target import Target, resolve
 
 TURNS = 9
@@ -166,7 +167,7 @@ def measure_attention(
     schemes : sequence of CacheScheme
         Of steps.
     prompt_schemes : sequence of CacheScheme
-        Of a prompt's keys, which are packed in every call; its values are float32.
+        Of a prompt's keys, which are packed in every call; its values are given in float32.
     peers : sequence of str
         Keys of `tvm_ternary.bench.attention_peers.ATTENTION_PEERS`.
     window : int
@@ -219,7 +220,7 @@ def measure_attention(
                 token_bytes=scheme.token_bytes(case.shape, values=case.step),
                 cache_bytes=scheme.cache_bytes(case.shape, case.keys, window, values=case.step),
                 bandwidth=roofline.bandwidth(engine.bytes),
-                peak=_peak(roofline, case, scheme),
+                peak=_peak(roofline, case, scheme, pairs=resolved.tier in PAIR_DOTS),
                 peers={name: spread[name] for name in names},
                 ratios={name: turn_ratio(samples[name], samples[engine.name]) for name in names},
                 peer_errors={name: errors[name] for name in names},
@@ -227,11 +228,14 @@ def measure_attention(
             )
 
 
-def _peak(roofline: Roofline, case: Case, scheme: CacheScheme) -> float:
-    """Of both products: a prompt's values are float32 in any case."""
+def _peak(roofline: Roofline, case: Case, scheme: CacheScheme, *, pairs: bool) -> float:
+    """Of both products: with ``pairs`` a prompt's values are 16-bit numbers, half as many at once as bytes."""
     if scheme.bits != 8:
         return roofline.float32_peak
-    return roofline.int8_peak if case.step else 2 / (1 / roofline.int8_peak + 1 / roofline.float32_peak)
+    if case.step:
+        return roofline.int8_peak
+    values = roofline.int8_peak / 2 if pairs else roofline.float32_peak
+    return 2 / (1 / roofline.int8_peak + 1 / values)
 
 
 def _time(engines: Sequence[AttentionEngine], compute: ComputeThread, turns: int) -> dict[str, list[list[float]]]:

@@ -22,7 +22,7 @@ from tvm_ternary.schedule.cpu.attention import attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
 from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
 from tvm_ternary.schedule.cpu.nest import index
-from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import Target
 
 FULL = "full"
@@ -160,11 +160,12 @@ class Engines:
         return _engine(str(scheme), self._kernels[shape, scheme], inputs, blocks.want, bound)
 
     def _prompt(self, operands: Operands, scheme: CacheScheme) -> AttentionEngine:
-        """Keys are packed in every call, but for the last ones; values stay float32."""
+        """Keys are packed in every call, but for the last ones, and their values are rounded as the tier wants it."""
         scheme.check_prompt()
         case, planes = operands.case, scheme.planes
         shape = _attention(case.shape, "blhd", "ms" if case.causal else "")
-        ways = Packed(planes, planes, BYTE_DOTS[self._target.tier]), self._window
+        packed = Packed(planes, planes, BYTE_DOTS[self._target.tier], PAIR_DOTS.get(self._target.tier))
+        ways = packed, self._window
         # A mask is nothing to the keys.
         unmasked = replace(shape, mask="")
         if (pack_keys, unmasked, planes) not in self._kernels:
@@ -174,22 +175,22 @@ class Engines:
             schedule = partial(rounded_attention, shape, *ways, (1, None, None))
             self._kernels[shape, scheme] = build_kernel(schedule, self._target)
         pack_them, attend = self._kernels[pack_keys, unmasked, planes], self._kernels[shape, scheme]
-        room = words_of(shape, planes, index(1), index(case.keys))
+        room = words_of(shape, packed, index(1), index(case.keys))
         blocks = [aligned(tuple(int(size) for size in extents), dtype) for extents, dtype in room]
         stands_for = rounded(operands.by_head[0], planes, -2, blocks_of(case.keys, self._window))
         masks = [_causal_mask(case)] if case.causal else []
         inputs = [operands.q, *blocks, operands.k, operands.v, *masks]
         want = operands.attend(stands_for, operands.by_head[1])
         engine = _engine(str(scheme), attend, inputs, want, _INT8_BOUND)
-        keys = [tvm_ffi.from_dlpack(array) for array in (operands.k, *blocks)]
+        to_pack = [tvm_ffi.from_dlpack(array) for array in (operands.k, operands.v, *blocks)]
 
         def call() -> Floats:
-            pack_them(*keys)
+            pack_them(*to_pack)
             out: Floats = engine.call()
             return out
 
-        # Keys are read once more, and blocks written before they are read.
-        moved = engine.bytes + operands.k.nbytes + sum(array.nbytes for array in blocks)
+        # Keys and values are read once more, and blocks written before they are read.
+        moved = engine.bytes + operands.k.nbytes + operands.v.nbytes + sum(array.nbytes for array in blocks)
         return replace(engine, call=call, bytes=moved)
 
     def _quantized(self, operands: Operands, planes: int) -> _Blocks:

@@ -16,7 +16,7 @@ from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, cache_attention
 from tvm_ternary.graph.passes.find_pasts import NO_PAST, find_caches, named_attentions
-from tvm_ternary.graph.passes.round_keys import round_keys
+from tvm_ternary.graph.passes.round_keys import Outputs, round_keys
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
 from tvm_ternary.graph.passes.without_past import without_past
 from tvm_ternary.kernels.attention import Attention
@@ -25,8 +25,8 @@ from tvm_ternary.runtime.kv_cache import BLOCK
 from tvm_ternary.schedule.cpu import simd_of
 from tvm_ternary.schedule.cpu.attention.cached import cached_attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed
-from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention
-from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import Target
 
 FULL, KEYS, KEYS_VALUES, ADAPTIVE = "full", "ternary-keys", "ternary-keys-values", "adaptive"
@@ -196,12 +196,12 @@ def _cached(
 
 def _rounded(
     target: Target, shape: Attention, planes: int, window: int, lengths: tuple[int | None, ...]
-) -> tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc]:
-    packed = Packed(planes, planes, BYTE_DOTS[target.tier])
+) -> tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc, Outputs]:
+    packed = Packed(planes, planes, BYTE_DOTS[target.tier], PAIR_DOTS.get(target.tier))
     simd = simd_of(tvm.target.Target(target.tvm))
     batch, _, keys = lengths
     pack = pack_keys(shape, packed, window, (batch, keys), simd)
-    return pack, rounded_attention(shape, packed, window, lengths, simd)
+    return pack, rounded_attention(shape, packed, window, lengths, simd), partial(words_of, shape, packed)
 
 
 def _require_possible(wanted: Mapping[str, list[str]], found: Mapping[str, str | None], kept: bool) -> None:

@@ -10,27 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal, runs_here
 from tests.schedule.cpu.test_attention import causal, placed
 from tvm_ternary.kernels.attention import AXES, Attention, reference_attention
+from tvm_ternary.kernels.paired_values import LARGEST_VALUE, LARGEST_WEIGHT, pair, round_block
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, pack, quantize_block
-from tvm_ternary.schedule.cpu.attention.many_packed import attention_prefill
 from tvm_ternary.schedule.cpu.attention.packed import Packed
+from tvm_ternary.schedule.cpu.attention.prefill import attention_prefill
 from tvm_ternary.schedule.cpu.simd import simd_of
-from tvm_ternary.schedule.intrinsics import BYTE_DOTS
-from tvm_ternary.target import resolve
+from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
+from tvm_ternary.target import host_features, resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, key="bhld", value="bhld", mask="ms")
-DOTS = {"avx512": "avx512", "avx2": "avx2", "portable": "portable"}
+VNNI = "avx512-vnni"
+DOTS = {"avx512": "avx512", "avx2": "avx2", "portable": "portable", VNNI: VNNI}
+"""Tier of a test to the one whose dot products it takes; the portable one multiplies values in float."""
 Lengths = tuple[int | None, ...]
 UNKNOWN: Lengths = (None,) * 4
 
 
 @cache
 def compiled(tier: str, shape: Attention, planes: int, lengths: Lengths) -> Any:
-    target = tvm.target.Target(resolve(TIERS[tier]).tvm)
-    packed = Packed(planes, planes, BYTE_DOTS[DOTS[tier]])
+    target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
+    packed = Packed(planes, planes, BYTE_DOTS[DOTS[tier]], PAIR_DOTS.get(DOTS[tier]))
     function = attention_prefill(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
     return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
 
@@ -64,8 +69,10 @@ class Case:
     def run(self, tier: str, lengths: Lengths = UNKNOWN) -> np.ndarray:
         shape = self.shape
         out = np.full((self.batch, shape.heads, self.queries, shape.value_size), np.nan, np.float32)
-        words = pack(self.codes, self.planes)
-        operands = [placed(self.q, shape.query), *words, self.key_scale]
+        operands = [placed(self.q, shape.query), *pack(self.codes, self.planes), self.key_scale]
+        if DOTS[tier] in PAIR_DOTS:
+            numbers, scale = round_block(self.packed_values())
+            operands += [pair(numbers), scale]
         operands += [placed(self.k, shape.key), placed(self.v, shape.value)]
         operands += [] if self.mask is None else [self.mask]
         tensors = [tvm.runtime.tensor(x) for x in (*operands, placed(out, shape.out))]
@@ -77,19 +84,25 @@ class Case:
         packed = dequantize_block(self.codes, self.key_scale, -2)
         return np.concatenate([packed.reshape(*packed.shape[:2], -1, self.shape.size), self.k], 2)
 
+    def packed_values(self) -> np.ndarray:
+        """(batch, kv heads, blocks, tokens, elements)"""
+        outer = self.batch, self.shape.kv_heads, self.blocks, BLOCK
+        return self.v[:, :, : self.blocks * BLOCK].reshape(*outer, self.shape.value_size)
+
     def want(self) -> np.ndarray:
         return reference_attention(self.q, self.all_keys(), self.v, self.shape.scale, self.mask)
 
     def check(self, tier: str, lengths: Lengths = UNKNOWN) -> None:
-        got, want, bound = self.run(tier, lengths), self.want(), self.bound()
+        got, want, bound = self.run(tier, lengths), self.want(), self.bound(paired=DOTS[tier] in PAIR_DOTS)
         assert np.all(np.abs(got - want) <= bound), (np.abs(got - want) / bound).max()
 
-    def bound(self, *, exact: bool = False) -> np.ndarray:
+    def bound(self, *, exact: bool = False, paired: bool = False) -> np.ndarray:
         """A score that is off by e moves weights by the factor exp(e), and so does their sum.
 
         Scores are sums of rounded products as those of `attention`, of bytes as of floats. An element of a query times
         its scale in a block is off by half a step, unless ``exact``, and by what three products are rounded; that
-        counts as often as the key's number says.
+        counts as often as the key's number says. If values and weights are rounded to be multiplied in pairs, that is
+        `rounding`.
         """
         shape, group = self.shape, self.shape.group
         keys = np.repeat(np.abs(self.all_keys()), group, axis=1)
@@ -102,7 +115,33 @@ class Case:
         wrong = (0 if exact else 0.5) + 4 * 127 * EPSILON
         off = off + (wrong * step * numbers[..., None]).max(2, initial=0)[..., None]
         moved = np.expm1(2 * off) + 2 * (3e-7 + (self.keys + 4 * self.keys // BLOCK) * EPSILON)
-        return np.asarray(moved * reference_attention(self.q, self.all_keys(), np.abs(self.v), shape.scale, self.mask))
+        bound = moved * reference_attention(self.q, self.all_keys(), np.abs(self.v), shape.scale, self.mask)
+        # Scores that are off move what rounding costs by as much as they move the result.
+        return np.asarray(bound + np.exp(2 * off) * self.rounding() if paired else bound)
+
+    def rounding(self) -> np.ndarray:
+        """What rounding the values of blocks, and weights relative to the largest of a query in a block, may cost.
+
+        With weights w and values v, rounded ones u and x, the result r and W the sum of w, it is the sum of
+        (u - w) (x - r) + w (x - v) over the sum of u. A weight is off by half a step, and 3e-6 of itself for its
+        polynomial, a value by half a step and by what two products are rounded.
+        """
+        shape, group = self.shape, self.shape.group
+        keys, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (self.all_keys(), self.v))
+        scores = shape.scale * self.q.astype(np.float64) @ keys.swapaxes(-1, -2)
+        scores = scores if self.mask is None else scores + self.mask
+        blocks = np.arange(self.blocks * BLOCK).reshape(self.blocks, BLOCK)
+        peak = scores.max(-1, keepdims=True)
+        w = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
+        largest = w[..., blocks].max(-1)  # (b, h, queries, blocks)
+        off = np.zeros_like(w)
+        off[..., blocks] = largest[..., None] * 0.5 / LARGEST_WEIGHT + 4e-6 * w[..., blocks]
+        step = np.zeros_like(v)
+        step[:, :, blocks] = np.abs(v[:, :, blocks]).max(3, keepdims=True) * (0.5 / LARGEST_VALUE + 2 * EPSILON)
+        result = np.abs(reference_attention(self.q, self.all_keys(), self.v, shape.scale, self.mask))
+        total = w.sum(-1, keepdims=True) - off.sum(-1, keepdims=True)
+        apart = off @ (np.abs(v) + step) + off.sum(-1, keepdims=True) * result
+        return np.asarray((apart + w @ step) / np.where(total > 0, total, 1))
 
 
 @pytest.mark.parametrize("mask", ["", "bs", "ms"])
@@ -115,7 +154,7 @@ def test_lengths(tier: str, mask: str) -> None:
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_planes(tier: str, planes: int) -> None:
-    Case(SHAPE, planes, 35, 3, 7).check(tier)
+    Case(SHAPE, planes, 35, 3, 7).check(tier, (1, 35, 3, 7))
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -126,7 +165,7 @@ def test_the_least_and_the_most_numbers(tier: str, planes: int) -> None:
         case.codes[:] = sign * ((3**planes - 1) // 2)
         case.key_scale[:] = 0.5
         case.q[:] = np.where(np.arange(17)[:, None] % 2, 1, -1) * 127
-        assert np.all(np.abs(case.run(tier) - case.want()) <= case.bound(exact=True))
+        assert np.all(np.abs(case.run(tier) - case.want()) <= case.bound(exact=True, paired=DOTS[tier] in PAIR_DOTS))
 
 
 def test_known_lengths(tier: str) -> None:
@@ -161,7 +200,7 @@ def test_exact_queries_of_large_scores(tier: str) -> None:
     case.key_scale[:] = 2.0 ** np.arange(3)[:, None]
     scores = case.q @ np.repeat(case.all_keys(), 2, axis=1).swapaxes(-1, -2) * case.shape.scale
     assert np.abs(scores).max() > 1000
-    assert np.all(np.abs(case.run(tier) - case.want()) <= case.bound(exact=True))
+    assert np.all(np.abs(case.run(tier) - case.want()) <= case.bound(exact=True, paired=DOTS[tier] in PAIR_DOTS))
 
 
 def test_large_scores_are_finite(tier: str) -> None:
@@ -201,8 +240,9 @@ def test_queries_and_keys_of_zeros_leave_the_mean(tier: str) -> None:
     for name in ("q", "key_scale"):
         case = Case(replace(SHAPE, mask=""), 2, 18, 2, 0)
         getattr(case, name)[:] = 0
-        want = np.repeat(case.v.mean(axis=2, keepdims=True), SHAPE.group, axis=1)
-        np.testing.assert_allclose(case.run(tier), np.broadcast_to(want, (1, 4, 18, 12)), rtol=0, atol=1e-5)
+        mean = np.repeat(case.v.mean(axis=2, keepdims=True, dtype=np.float64), SHAPE.group, axis=1)
+        np.testing.assert_allclose(case.want(), np.broadcast_to(mean, (1, 4, 18, 12)))
+        case.check(tier)
 
 
 @pytest.mark.parametrize("what", [np.nan, np.inf])
@@ -218,6 +258,50 @@ def test_what_is_not_finite_stays_where_it_is(tier: str, what: float) -> None:
     got = case.run(tier)
     assert np.isfinite(got[0, : SHAPE.group]).all()
     assert np.isnan(got[0, SHAPE.group :]).all()
+    case = Case(replace(SHAPE, mask=""), 2, 40, 2, 5)
+    case.v[0, 1, 70, 3] = what
+    got = case.run(tier)
+    assert not np.isfinite(got[0, SHAPE.group :, :, 3]).any()
+    got[0, SHAPE.group :, :, 3] = 0
+    assert np.isfinite(got).all()
+
+
+def test_one_large_weight_and_a_long_flat_tail(tier: str) -> None:
+    """The tail has half of all weight, and its weights are a thirtieth of a step beside the largest."""
+    case = Case(replace(SHAPE, mask=""), 2, 3, 512, 0)
+    case.q[:] = 0
+    case.q[..., 0] = 1
+    case.codes[:], case.key_scale[:] = 0, np.log(case.keys) / SHAPE.scale
+    case.codes[:, :, 5, 3, 0] = 1
+    case.v[:, :, 5 * BLOCK + 3] = 30
+    want = 15 + case.v[:, :, np.arange(case.keys) != 5 * BLOCK + 3].mean(2) / 2
+    # What is lost is the tail within the block of the largest.
+    lost = np.abs(case.run(tier) - np.repeat(want, SHAPE.group, 1)[:, :, None]).max()
+    assert lost <= 32 * BLOCK / case.keys / 2
+    case.check(tier)
+
+
+@pytest.mark.skipif("avx512_vnni" not in host_features(), reason="needs avx512_vnni")
+def test_one_instruction_for_pairs() -> None:
+    Case(SHAPE, 2, 35, 2, 9).check(VNNI, (1, 35, 2, 9))
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    spread=st.floats(0, 12),
+    sizes=st.floats(0, 12),
+    hidden=st.sampled_from([0.0, -1.0, -np.inf]),
+)
+def test_whatever_weights_and_values_are(seed: int, spread: float, sizes: float, hidden: float) -> None:
+    """Scores far apart, values of many magnitudes in a block, and masks that hide some keys of it or none."""
+    case = Case(SHAPE, 2, 20, 3, 4, seed=seed)
+    rng = np.random.default_rng(seed)
+    case.q *= np.float32(spread)
+    case.v *= np.exp2(rng.uniform(-sizes, sizes, case.v.shape)).astype(np.float32)
+    case.mask = np.where(rng.random((1, 1, 20, case.keys)) < 0.3, hidden, 0).astype(np.float32)
+    case.mask[..., BLOCK : 2 * BLOCK] = 0
+    case.check("avx512" if runs_here("avx512") else "avx2")
 
 
 def test_bytes_need_a_dot_product() -> None:

@@ -6,10 +6,11 @@ Before, however it is spelled (`find_attention`)::
 
 After::
 
-    words, scale = pack_keys(k)
-    y = rounded_attention(q, words, scale, k, v, mask)
+    packed = pack_keys(k, v)
+    y = rounded_attention(q, *packed, k, v, mask)
 
-The last keys stay in float, and values do: nothing is kept, so ternary values would save no memory.
+The last keys stay in float. Values have no planes, for nothing is kept and they would save no memory; where the target
+multiplies pairs of 16-bit numbers faster than floats, they are rounded to those.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.manifest import AttentionInfo
-from tvm_ternary.schedule.cpu.attention.rounded import words_of
 
-Schedule = Callable[[Attention, int, int, tuple[int | None, ...]], tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc]]
-"""Gives what packs and what attends, for planes and a window, and batch, queries and keys."""
+Outputs = Callable[[tvm.ir.Expr, tvm.ir.Expr], list[tuple[list[tvm.ir.Expr], str]]]
+"""Batch and keys -> shapes and dtypes of what packing gives."""
+Schedule = Callable[[Attention, int, int, tuple[int | None, ...]], tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc, Outputs]]
+"""Gives what packs, what attends and what is between them, for planes and a window, and batch, queries and keys."""
 
 
 def round_keys(model: ImportedModel, choices: Choices, schedule: Schedule) -> ImportedModel:
@@ -91,7 +93,7 @@ class _Rewriter(relax.PyExprMutator):
         self.folded = folded
         self.names = {match.result: name for name, match in matches.items()}
         self.rotations = Rotations(self.builder_)
-        self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar]] = {}
+        self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar, Outputs]] = {}
 
     def run(self) -> tvm.IRModule:
         return with_main(self.builder_, self.visit_expr(self.main))
@@ -111,17 +113,17 @@ class _Rewriter(relax.PyExprMutator):
         assert choice.window is not None
         key = shape, choice.key_planes, choice.window, tuple(map(known_extent, (batch, queries, keys)))
         if key not in self.functions:
-            pack, attend = self.schedule(*key)
+            to_pack, to_attend, outputs_of = self.schedule(*key)
             add = self.builder_.add_func
-            self.functions[key] = add(pack, "pack_keys"), add(attend, "rounded_attention")
-        pack, attend = self.functions[key]
+            self.functions[key] = add(to_pack, "pack_keys"), add(to_attend, "rounded_attention"), outputs_of
+        pack, attend, outputs_of = self.functions[key]
         q, k, v = (self.visit_expr(one.value) for one in (match.query, match.key, match.value))
         if choice.rotated and can_rotate(shape.query, shape.key):
             q = q if QUERY in folded else self.rotations.rotate_heads(q, shape.query)
             k = k if KEY in folded else self.rotations.rotate_heads(k, shape.key)
-        outputs = words_of(shape, choice.key_planes, as_index(batch), as_index(keys))
+        outputs = outputs_of(as_index(batch), as_index(keys))
         packed = self.builder_.emit(
-            relax.call_tir(pack, [k], [relax.TensorType(extents, dtype) for extents, dtype in outputs])
+            relax.call_tir(pack, [k, v], [relax.TensorType(extents, dtype) for extents, dtype in outputs])
         )
         words = [self.builder_.emit(relax.TupleGetItem(packed, n)) for n in range(len(outputs))]
         return relax.call_tir(attend, [q, *words, k, v, *masks], match.result.ty)

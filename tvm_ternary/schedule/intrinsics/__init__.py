@@ -36,7 +36,7 @@ from tvm.tirx.script.builder import ir as B
 from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.matmul import MatmulKernel
 from tvm_ternary.schedule.intrinsics import arm, portable, x86
-from tvm_ternary.schedule.intrinsics.common import ByteDot, Emit, int8_block, reading_ahead, ternary_block
+from tvm_ternary.schedule.intrinsics.common import ByteDot, Emit, PairDot, int8_block, reading_ahead, ternary_block
 from tvm_ternary.schedule.intrinsics.dense import (
     dense_block,
     dense_block_in_place,
@@ -45,7 +45,7 @@ from tvm_ternary.schedule.intrinsics.dense import (
 )
 from tvm_ternary.schedule.intrinsics.panel import decode_intrinsic, panel_block
 
-__all__ = ["BYTE_DOTS", "IMPLEMENTATIONS", "ByteDot", "decode_intrinsic", "matmul_intrinsic"]
+__all__ = ["BYTE_DOTS", "IMPLEMENTATIONS", "PAIR_DOTS", "ByteDot", "PairDot", "decode_intrinsic", "matmul_intrinsic"]
 
 BYTE_DOTS: dict[str, ByteDot] = {
     "portable": portable.DOT,
@@ -58,6 +58,16 @@ BYTE_DOTS: dict[str, ByteDot] = {
     "neon-dot": arm.DOT,
 }
 """Tier to its dot product of bytes, the common form of what its blocks are built on."""
+
+PAIR_DOTS: dict[str, PairDot] = {
+    "sse4": x86.word_pairs(4),
+    "avx2": x86.word_pairs(8),
+    "avx2-vnni": x86.vnni_pairs(8),
+    "avx512": x86.word_pairs(16),
+    "avx512-vnni": x86.vnni_pairs(16),
+    "amx": x86.vnni_pairs(16),
+}
+"""Tier to its dot product of 16-bit pairs, for tiers that multiply twice as many of these at once as floats."""
 
 _ONE_INSTRUCTION = frozenset({"avx2-vnni", "avx512-vnni", "amx", "neon-dot"})
 """Tiers whose dot product of bytes is a single instruction."""

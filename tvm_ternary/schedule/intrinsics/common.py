@@ -37,6 +37,23 @@ class ByteDot:
     add: Callable[[Any, Any, Any], Any]
 
 
+@dataclass(frozen=True)
+class PairDot:
+    """A tier's dot product of pairs of 16-bit numbers, in the width of its registers.
+
+    Attributes
+    ----------
+    lanes : int
+        32-bit lanes of one instruction.
+    add : callable
+        (acc int32 x lanes, a int16 x 2 lanes, b int16 x 2 lanes) -> acc[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
+        The sum wraps.
+    """
+
+    lanes: int
+    add: Callable[[Any, Any, Any], Any]
+
+
 def vector(buffer: Any, start: int, lanes: int, dtype: str) -> Any:
     """Load ``lanes`` values of a buffer of one dimension."""
     return buffer.vload([start], f"{dtype}x{lanes}")

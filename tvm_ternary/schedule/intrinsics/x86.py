@@ -1,4 +1,7 @@
-"""Byte dot products of x86-64: one instruction with VNNI, two multiply-and-add-pairs without."""
+"""Dot products of x86-64: of bytes, and of pairs of 16-bit numbers.
+
+With VNNI either is one instruction; without, bytes are multiplied and added in pairs twice, 16-bit numbers once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from tvm_ternary.formats import LANES
 from tvm_ternary.schedule.intrinsics.common import (
     ByteDot,
     Emit,
+    PairDot,
     code_bytes,
     four_bytes,
     llvm,
@@ -34,6 +38,17 @@ def vnni(lanes: int) -> ByteDot:
 def pairs(lanes: int) -> ByteDot:
     """pmaddubsw, whose 16-bit sums of two do not saturate, and pmaddwd."""
     return ByteDot(lanes, lambda acc, a, b: acc + widened(byte_pairs(a, b, lanes), lanes))
+
+
+def vnni_pairs(lanes: int) -> PairDot:
+    """vpdpwssd."""
+    name, dtype = f"llvm.x86.avx512.vpdpwssd.{32 * lanes}", f"int32x{lanes}"
+    return PairDot(lanes, lambda acc, a, b: llvm(name, dtype, acc, a, b))
+
+
+def word_pairs(lanes: int) -> PairDot:
+    """pmaddwd and an addition."""
+    return PairDot(lanes, lambda acc, a, b: acc + llvm(_PAIRS[lanes][1], f"int32x{lanes}", a, b))
 
 
 def byte_pairs(a: Any, b: Any, lanes: int) -> Any:

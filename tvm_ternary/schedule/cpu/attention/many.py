@@ -213,9 +213,9 @@ class Many:
         columns = transposed([square.vload([i, 0], self._vector) for i in range(self.lanes)])
         return scope("square", sequence(loads, [keep(i, x) for i, x in enumerate(columns)]), [square])
 
-    def _block(self, source: Source, first: Expr, count: Expr, scores: Stmt) -> Stmt:
+    def _block(self, source: Source, first: Expr, count: Expr, scores: Stmt, weigh: Stmt | None = None) -> Stmt:
         """Weigh and add the values of a block whose ``scores`` are to be computed so, unless it is hidden."""
-        work = sequence(scores, self._softmax(count), self._values(source, first, count))
+        work = sequence(scores, self._weigh(source, first, count) if weigh is None else weigh)
         if not self.by_query:
             return work
         low = buffer("low", self.lanes)
@@ -304,6 +304,9 @@ class Many:
             )
 
         return IfThenElse(self._plain(first), every(True), every(False)) if self.by_query else every(True)
+
+    def _weigh(self, source: Source, first: Expr, count: Expr) -> Stmt:
+        return sequence(self._softmax(count), self._values(source, first, count))
 
     def _softmax(self, count: Expr) -> Stmt:
         scores, state = self.buffers["scores"], self.state

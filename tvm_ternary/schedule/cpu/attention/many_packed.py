@@ -29,18 +29,14 @@ from functools import cached_property
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.sym import Analyzer
-from tvm.tirx import BufferStore, PrimFunc, Ramp, Stmt, Var
+from tvm.tirx import BufferStore, Ramp, Stmt, Var
 
 from tvm_ternary.formats import LANES
-from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, digits
-from tvm_ternary.schedule.cpu.attention.many import Extremes, Many, Tile, over_tiles
+from tvm_ternary.schedule.cpu.attention.many import Extremes, Many, Tile
 from tvm_ternary.schedule.cpu.attention.operands import KEYS, Operands, buffer, place, tiles
-from tvm_ternary.schedule.cpu.attention.packed import Cache, Packed
+from tvm_ternary.schedule.cpu.attention.packed import Cache
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, static
-from tvm_ternary.schedule.cpu.simd import Simd
-from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 from tvm_ternary.schedule.intrinsics import ByteDot
 from tvm_ternary.schedule.intrinsics.common import field
 
@@ -93,7 +89,7 @@ class ManyPacked(Many):
         blocks, latest = self.packed_on.packed, self.packed_on.latest
 
         def packed(n: Expr) -> Stmt:
-            return self._block(self.on, n * BLOCK, index(BLOCK), self._packed_scores(n))
+            return self._packed_block(n)
 
         def last(n: Expr) -> Stmt:
             return self._float_block(self.on, blocks * BLOCK + n * KEYS, tirx.min(index(KEYS), latest - n * KEYS))
@@ -103,12 +99,15 @@ class ManyPacked(Many):
             [] if static(latest) == 0 else loop(tiles(latest, KEYS), last, name="block"),
         )
 
+    def _packed_block(self, block: Expr) -> Stmt:
+        scores = sequence(self._start_peak(), self._packed_scores(block))
+        return self._block(self.on, block * BLOCK, index(BLOCK), scores)
+
     def _packed_scores(self, block: Expr) -> Stmt:
         number = BLOCK // self.key_rows
         return sequence(
             self._round(block),
             self._unpack(block),
-            self._start_peak(),
             loop(number, lambda n: self._products(block * BLOCK, n * self.key_rows), name="tile"),
         )
 
@@ -224,55 +223,3 @@ class ManyPacked(Many):
         starts = [start(acc) for acc in sums]
         ends = self._keep(first, [key + row for row in range(self.key_rows)], index(BLOCK), score)
         return scope("products", sequence(starts, loop(self.words, step, name="word"), ends), sums)
-
-
-def attention_prefill(shape: Attention, packed: Packed, lengths: tuple[int | None, ...], simd: Simd) -> PrimFunc:
-    """The scheduled function ``(q, key words ..., key_scale, k, v[, mask], out)``.
-
-    Parameters
-    ----------
-    shape : Attention
-        ``key`` is where the elements of the last keys lie.
-    packed : Packed
-        With a dot product; values are float, whatever it says of them.
-    lengths : tuple of (int or None)
-        Batch, queries, blocks of keys and last keys; None where it is known at run time.
-    simd : Simd
-
-    Returns
-    -------
-    PrimFunc
-        Words (batch, kv heads, blocks, groups, words, 16) uint32, one array for each of `digits`; ``key_scale`` (batch,
-        kv heads, blocks, size) float32. ``k`` has the last keys alone, ``v`` and the mask all ``64 blocks + last`` of
-        them. Rounding a query moves its scores by at most half a step, 1/254 of its largest element times scale in
-        the block, times the sum of the key's numbers without their signs.
-
-    Raises
-    ------
-    ValueError
-        There is no dot product.
-    """
-    if packed.dot is None:
-        raise ValueError("prefill over packed keys multiplies bytes; expected the dot product of a tier, got None")
-    names = ("batch", "queries", "blocks", "latest")
-    batch, queries, blocks, latest = (
-        Var(name, "int64") if given is None else index(given) for name, given in zip(names, lengths, strict=True)
-    )
-    keys = Analyzer().simplify(blocks * BLOCK + latest)
-    on = PackedOperands(shape, simd, batch, queries, index(0), keys, blocks, latest)
-    cache, dot = Cache(shape, packed, batch, blocks), packed.dot
-    return over_packed(on, cache, dot)
-
-
-def over_packed(on: PackedOperands, cache: Cache, dot: ByteDot) -> PrimFunc:
-    """The function of `attention_prefill` for these operands."""
-    shape, known = on.shape, static(on.queries)
-    # A tile is made of whole vectors of both kinds.
-    vectors = max(1 if known is not None and known <= on.lanes else 2, dot.lanes // on.lanes)
-    width = vectors * on.lanes
-    work = on.keys * (width * (shape.size + 4 * shape.value_size) // 16)
-    body = over_tiles(on, vectors, work, lambda tile, extremes: ManyPacked(on, cache, dot, tile, extremes).write())
-    masks = [on.mask] if shape.mask else []
-    function = PrimFunc([on.q, *cache.keys, cache.key_scale, on.k, on.v, *masks, on.out], scope("root", body))
-    function = function.with_attr("tirx.noalias", True).with_attr("tirx.is_scheduled", True)
-    return expand_vector_math(function)

@@ -37,7 +37,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, vector
 from tvm_ternary.schedule.cpu.simd import Simd
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
-from tvm_ternary.schedule.intrinsics import ByteDot
+from tvm_ternary.schedule.intrinsics import ByteDot, PairDot
 
 assert KEYS == BLOCK, "scores of a block have the place of a block of keys"
 
@@ -55,11 +55,14 @@ class Packed:
         No planes of values: those of blocks stay float.
     dot : ByteDot or None
         Of the tier, to multiply bytes; None for floats.
+    pairs : PairDot or None
+        Of the tier, to multiply values of a prompt, which have no planes, as 16-bit numbers; None for floats.
     """
 
     key_planes: int
     value_planes: int
     dot: ByteDot | None
+    pairs: PairDot | None = None
 
 
 @dataclass(frozen=True)

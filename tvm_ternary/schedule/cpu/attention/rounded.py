@@ -1,7 +1,8 @@
 """Attention over a whole text whose keys are rounded on the way: packed by one function, attended to by another.
 
-All keys come in float. Those that are older than a window are packed, whole blocks of them; the others, and all values,
-are read as they are. The products of queries with packed keys are byte dot products (`many_packed`).
+All keys and values come in float. Keys that are older than a window are packed, whole blocks of them, and multiplied by
+byte dot products (`many_packed`); where the tier multiplies pairs of 16-bit numbers, their values are rounded to those
+(`many_paired`). All others are read as they are.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from tvm.tirx import PrimFunc, Var
 
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, digits, packed_words
-from tvm_ternary.schedule.cpu.attention.many_packed import PackedOperands, over_packed
+from tvm_ternary.schedule.cpu.attention.many_packed import PackedOperands
 from tvm_ternary.schedule.cpu.attention.operands import Operands, place
 from tvm_ternary.schedule.cpu.attention.packed import Cache, Packed
 from tvm_ternary.schedule.cpu.attention.parts import KeyPart
-from tvm_ternary.schedule.cpu.nest import index, scope, space
+from tvm_ternary.schedule.cpu.attention.prefill import over_packed
+from tvm_ternary.schedule.cpu.attention.values import PairedValues
+from tvm_ternary.schedule.cpu.nest import index, scope, sequence, space
 from tvm_ternary.schedule.cpu.simd import Simd
 from tvm_ternary.schedule.cpu.vector_math import expand_vector_math
 
 _OPERATIONS = 16
-"""On the way of an element into a block."""
+"""On the way of an element into a block of keys, and as a value to a 16-bit number half as many."""
 
 
 def rooms(keys: Expr) -> Expr:
@@ -56,7 +59,7 @@ class _Operands(PackedOperands):
 
 
 def pack_keys(shape: Attention, packed: Packed, window: int, lengths: tuple[int | None, ...], simd: Simd) -> PrimFunc:
-    """The scheduled function ``(k, key words ..., key_scale)``.
+    """The scheduled function ``(k, v, key words ..., key_scale[, value words, value_scale])``.
 
     Parameters
     ----------
@@ -71,7 +74,8 @@ def pack_keys(shape: Attention, packed: Packed, window: int, lengths: tuple[int 
     Returns
     -------
     PrimFunc
-        Words and scales for `rooms` blocks, of which those behind the last packed one are not written.
+        Words and scales for `rooms` blocks, of which those behind the last packed one are not written: of values only
+        if ``packed`` has a dot product of pairs.
     """
     batch, keys = _extents(("batch", "keys"), lengths)
     on = Operands(shape, simd, batch, index(1), index(0), keys)
@@ -93,8 +97,14 @@ def pack_keys(shape: Attention, packed: Packed, window: int, lengths: tuple[int 
         )
         return part.pack(at)
 
-    body = space([batch, kv_heads, blocks], BLOCK * shape.size * _OPERATIONS, block)
-    function = PrimFunc([on.k, *cache.keys, cache.key_scale], scope("root", body))
+    extents, found = [batch, kv_heads, blocks], [*cache.keys, cache.key_scale]
+    body = space(extents, BLOCK * shape.size * _OPERATIONS, block)
+    if packed.pairs is not None:
+        values = PairedValues(shape, batch, rooms(keys))
+        work = BLOCK * shape.value_size * _OPERATIONS // 2
+        body = sequence(body, space(extents, work, lambda at: values.round(on, on.lanes, at)))
+        found += values.params
+    function = PrimFunc([on.k, on.v, *found], scope("root", body))
     function = function.with_attr("tirx.noalias", True).with_attr("tirx.is_scheduled", True)
     return expand_vector_math(function)
 
@@ -102,7 +112,9 @@ def pack_keys(shape: Attention, packed: Packed, window: int, lengths: tuple[int 
 def rounded_attention(
     shape: Attention, packed: Packed, window: int, lengths: tuple[int | None, ...], simd: Simd
 ) -> PrimFunc:
-    """The scheduled function ``(q, key words ..., key_scale, k, v[, mask], out)`` over what `pack_keys` has packed.
+    """The scheduled function over what `pack_keys` has packed.
+
+    ``(q, key words ..., key_scale[, value words, value_scale], k, v[, mask], out)``
 
     Parameters
     ----------
@@ -115,14 +127,16 @@ def rounded_attention(
     batch, queries, keys = _extents(("batch", "queries", "keys"), lengths)
     blocks = _packed_blocks(keys, window)
     on = _Operands(shape, simd, batch, queries, index(0), keys, blocks, keys - blocks * BLOCK)
-    return over_packed(on, Cache(shape, packed, batch, rooms(keys)), packed.dot)
+    return over_packed(on, Cache(shape, packed, batch, rooms(keys)), PairedValues(shape, batch, rooms(keys)))
 
 
-def words_of(shape: Attention, planes: int, batch: Expr, keys: Expr) -> list[tuple[list[Expr], str]]:
+def words_of(shape: Attention, packed: Packed, batch: Expr, keys: Expr) -> list[tuple[list[Expr], str]]:
     """Shapes and dtypes of what `pack_keys` gives."""
     outer = [batch, index(shape.kv_heads), rooms(keys)]
-    words = [packed_words(BLOCK, shape.size, part) for part in digits(planes)]
-    return [*(([*outer, *map(index, one)], "uint32") for one in words), ([*outer, index(shape.size)], "float32")]
+    words = [packed_words(BLOCK, shape.size, part) for part in digits(packed.key_planes)]
+    values = PairedValues(shape, batch, rooms(keys)).extents if packed.pairs is not None else []
+    of_keys = [([*outer, *map(index, one)], "uint32") for one in words]
+    return [*of_keys, ([*outer, index(shape.size)], "float32"), *values]
 
 
 def _packed_blocks(keys: Expr, window: int) -> Expr:
