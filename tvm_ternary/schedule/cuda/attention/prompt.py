@@ -30,20 +30,14 @@ from tvm.tirx.script.builder import ir as T
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.kernels.ternary_keys import BLOCK
-from tvm_ternary.schedule.cuda import device
-from tvm_ternary.schedule.cuda.attention import device as own
-from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_sizes, placed
+from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_sizes
 from tvm_ternary.schedule.cuda.attention.prompt_keys import Cached, Keys, Whole
-from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, KINDS, LARGEST, PAIRS, ROWS, Prompt
+from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, KINDS, LARGEST, ROWS, Prompt
 from tvm_ternary.schedule.cuda.attention.prompt_round import round_keys_and_values
-from tvm_ternary.schedule.cuda.attention.prompt_tiles import Tile
-from tvm_ternary.schedule.cuda.attention.warp import NOTHING, OVER_T, add, const, fold, local
+from tvm_ternary.schedule.cuda.attention.prompt_rows import Rows
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, root_block
-from tvm_ternary.schedule.cuda.operands import at
-from tvm_ternary.schedule.cuda.places import unrolled
 
 Expr = Any
-LOG2E = math.log2(math.e)
 
 
 def attention_prompt(
@@ -79,9 +73,57 @@ def attention_prompt(
     ValueError
         If there is no such kind, sizes are no multiples of four or above 128, or elements of a head are not neighbours.
     """
+    return _function("attention_prompt", *_whole(shape, lengths, causal, kind, planes, window))
+
+
+def round_operands(
+    shape: Attention, lengths: tuple[int, int, int], *, kind: str = "bfloat16", planes: int = 0, window: int = 0
+) -> tuple[tirx.PrimFunc, list[tuple[int, ...]]]:
+    """The first half of `attention_prompt`, ``(k, v[, keys], values)``, and the extents of its results, uint32.
+
+    There are no ``keys`` where all of them are packed.
+    """
+    prompt, source = _whole(shape, lengths, False, kind, planes, window)
+    function = _function("round_operands", prompt, source, attends=False)
+    return function, list(_rounded_extents(prompt).values())
+
+
+def attention_rounded(
+    shape: Attention,
+    lengths: tuple[int, int, int],
+    *,
+    causal: bool = False,
+    kind: str = "bfloat16",
+    planes: int = 0,
+    window: int = 0,
+) -> tirx.PrimFunc:
+    """The second half, ``(q[, key words ..., key_scale][, keys], values[, mask], out)``."""
+    return _function("attention_rounded", *_whole(shape, lengths, causal, kind, planes, window), rounds=False)
+
+
+def is_covered(shape: Attention, lengths: tuple[int | None, ...]) -> bool:
+    """Whether there is such attention, and it is worth it: a warp's tensor cores multiply sixteen queries or none."""
+    if shape.joined or any(length is None for length in lengths):
+        return False
+    batch, queries, keys = (int(length or 0) for length in lengths)
+    sizes, layouts = (shape.size, shape.value_size), (shape.query, shape.key, shape.value, shape.out)
+    rows = batch * max(shape.heads * queries, shape.kv_heads * (keys + KEYS)) * (max(sizes) + 32)
+    masked = math.prod({"b": batch, "h": shape.heads, "m": queries, "s": keys}[axis] for axis in shape.mask)
+    return (
+        queries >= ROWS
+        and max(sizes) <= LARGEST
+        and not any(size % 4 for size in sizes)
+        and all(layout[-1] == "d" for layout in layouts)
+        and max(rows, masked) < 2**31
+    )
+
+
+def _whole(
+    shape: Attention, lengths: tuple[int, int, int], causal: bool, kind: str, planes: int, window: int
+) -> tuple[Prompt, Whole]:
     batch, queries, keys = lengths
     source = Whole(shape, batch, keys, (planes, 0), max(keys - window, 0) // BLOCK if planes else 0)
-    return _function("attention_prompt", source, queries, causal, kind)
+    return _prompt(source, queries, causal, kind), source
 
 
 def attention_prompt_cached(
@@ -120,11 +162,11 @@ def attention_prompt_cached(
     """
     batch, queries, blocks, room = lengths
     source = Cached(shape, batch, queries, blocks, room, planes, new)
-    return _function("attention_prompt_cached", source, queries, causal, kind)
+    return _function("attention_prompt_cached", _prompt(source, queries, causal, kind), source)
 
 
-def _function(name: str, source: Keys, queries: int, causal: bool, kind: str) -> tirx.PrimFunc:
-    shape, b = source.shape, source.b
+def _prompt(source: Keys, queries: int, causal: bool, kind: str) -> Prompt:
+    shape = source.shape
     check_sizes(shape)
     if max(shape.size, shape.value_size) > LARGEST:
         largest = max(shape.size, shape.value_size)
@@ -133,32 +175,52 @@ def _function(name: str, source: Keys, queries: int, causal: bool, kind: str) ->
         raise ValueError(f"attention in {kind}; on a GPU expected one of {', '.join(KINDS)}")
     if shape.joined:
         raise ValueError("keys in two parts; on a GPU they are one array")
-    prompt = Prompt(shape, source.batch, queries, causal, KINDS[kind], source.planes, source.floats)
+    return Prompt(shape, source.batch, queries, causal, KINDS[kind], source.planes, source.floats)
+
+
+def _function(name: str, prompt: Prompt, source: Keys, *, rounds: bool = True, attends: bool = True) -> tirx.PrimFunc:
+    """Both kernels, or one, whose results or operands are then parameters."""
+    shape, b = prompt.shape, source.b
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, SCHEDULED: 1})
 
         def laid(name: str, layout: str, size: int) -> Expr:
-            extents = {"b": source.batch, "h": shape.heads, "l": queries, "d": size}
+            extents = {"b": prompt.batch, "h": shape.heads, "l": prompt.queries, "d": size}
             return array(name, [extents[axis] for axis in layout])
 
-        b["q"] = laid("q", shape.query, shape.size)
-        source.declare()
-        if shape.mask:
-            extents = {"b": source.batch, "h": shape.heads, "m": queries, "s": source.most}
+        if attends:
+            b["q"] = laid("q", shape.query, shape.size)
+            source.declare_packed()
+        if rounds:
+            source.declare_floats()
+        if not (rounds and attends):
+            b |= {name: array(name, extents, "uint32") for name, extents in _rounded_extents(prompt).items()}
+        if attends and shape.mask:
+            extents = {"b": prompt.batch, "h": shape.heads, "m": prompt.queries, "s": source.most}
             b["mask"] = array("mask", [extents[axis] if axis in shape.mask else 1 for axis in "bhms"])
-        b["out"] = laid("out", shape.out, shape.value_size)
+        if attends:
+            b["out"] = laid("out", shape.out, shape.value_size)
         with root_block():
-            outer = source.batch, shape.kv_heads
-            for matrix in (prompt.key, prompt.value):
-                tokens, terms = KEYS * prompt.float_blocks(matrix), matrix.terms
-                extents = (tokens, terms // 2) if matrix.is_key else (matrix.rows, tokens // 2)
-                if tokens:
-                    # Two numbers of 16 bits each.
-                    b[f"{matrix.name}s"] = T.alloc_buffer((*outer, *extents), "uint32")
-            round_keys_and_values(prompt, source, b)
-            _attend(prompt, source)
+            if rounds and attends:
+                held = _rounded_extents(prompt).items()
+                b |= {name: T.alloc_buffer(extents, "uint32") for name, extents in held}
+            if rounds:
+                round_keys_and_values(prompt, source, b)
+            if attends:
+                _attend(prompt, source)
     return builder.get()
+
+
+def _rounded_extents(prompt: Prompt) -> dict[str, tuple[int, ...]]:
+    """Of keys and values in 16 bits, two numbers a word; of those that there are."""
+    found: dict[str, tuple[int, ...]] = {}
+    for matrix in (prompt.key, prompt.value):
+        tokens = KEYS * prompt.float_blocks(matrix)
+        extents = (tokens, matrix.terms // 2) if matrix.is_key else (matrix.rows, tokens // 2)
+        if tokens:
+            found[f"{matrix.name}s"] = (prompt.batch, prompt.shape.kv_heads, *extents)
+    return found
 
 
 def _attend(prompt: Prompt, source: Keys) -> None:
@@ -170,193 +232,4 @@ def _attend(prompt: Prompt, source: Keys) -> None:
         launch("threadIdx.x", 32 * prompt.warps) as thread,
         at_once(1),
     ):
-        _Rows(prompt, source, (x, y, z), thread).write()
-
-
-class _Rows:
-    """What a thread block makes of its queries.
-
-    A thread has of its rows g and g + 8: scores of a block's keys ``32 n + 8 t + 2 j + c`` at ``16 n + 4 j + c``,
-    those of row g + 8 two places behind, and results of elements ``8 n + 2 t + c`` at ``4 n + c``.
-    """
-
-    def __init__(self, prompt: Prompt, source: Keys, block: tuple[Expr, Expr, Expr], thread: Expr) -> None:
-        self.prompt, self.shape, self.b = prompt, prompt.shape, source.b
-        x, self.head, self.batch = block
-        self.kv = self.head // self.shape.group
-        self.g, self.t = thread % 32 // 4, thread % 4
-        self.first = x * prompt.rows
-        self.row = self.first + thread // 32 * ROWS + self.g
-        self.total, packed = source.total(self.batch), source.packed_of(self.batch)
-        self.shared = T.alloc_buffer((prompt.shared_bytes,), "uint8", scope="shared.dyn")
-        self.q = local(8 * prompt.steps, "uint32")
-        self.o, self.m, self.l = local(4 * prompt.columns), local(2), local(2)
-        self.scores, self.fade = local(KEYS // 2), local(2)
-        where = self.batch, self.kv, thread
-        self.keys, self.values = (
-            Tile(prompt, matrix, self.b, self.shared, where, packed) for matrix in (prompt.key, prompt.value)
-        )
-
-    def write(self) -> None:
-        """All keys."""
-        prompt = self.prompt
-        blocks = self._blocks()
-        if any(prompt.planes):
-            for tile in (self.keys, self.values):
-                tile.stage(0, blocks)
-            T.evaluate(device.commit_copies())
-            T.evaluate(device.wait_copies(0)())
-            T.evaluate(T.tvm_storage_sync("shared"))
-        for tile in (self.keys, self.values):
-            self._prepare(tile, 0, blocks)
-        self._fetch_queries()
-        with unrolled(4 * prompt.columns) as i:
-            T.buffer_store(self.o, const(0.0), [i])
-        for half in range(2):
-            T.buffer_store(self.m, const(NOTHING), [half])
-            T.buffer_store(self.l, const(0.0), [half])
-        with T.serial(0, blocks) as i:
-            self._block(i, blocks)
-        T.evaluate(device.wait_copies(0)())
-        self._store()
-
-    def _blocks(self) -> Expr:
-        """That any of the queries sees."""
-        last = self.total
-        if self.prompt.causal:
-            last = T.min(self.first + self.prompt.rows, self.prompt.queries) + (last - self.prompt.queries)
-            last = T.max(last, 0)
-        return (last + (KEYS - 1)) // KEYS
-
-    @staticmethod
-    def _prepare(tile: Tile, block: Expr, blocks: Expr) -> None:
-        """Make a block before the end ready, or begin to; and the one behind it, if it is packed."""
-        tile.fill(block, blocks)
-        tile.stage(block + 1, blocks)
-        T.evaluate(device.commit_copies())
-
-    def _fetch_queries(self) -> None:
-        """Of thread (g, t) eight neighbouring elements of both rows for each step; zeros behind the ends."""
-        prompt, pack = self.prompt, self.prompt.kind.pack
-        four = local(4)
-        with unrolled(prompt.steps) as s, unrolled(2) as half, unrolled(2) as quad:
-            row, d = self.row + 8 * half, 32 * s + 8 * self.t + 4 * quad
-            for i in range(4):
-                T.buffer_store(four, const(0.0), [i])
-            with T.If(T.And(row < prompt.queries, d < self.shape.size)), T.Then():
-                source = placed(self.shape.query, self.batch, self.head, row, d)
-                T.evaluate(device.load_floats(at(four, 0), at(self.b["q"], *source)))
-            for i in range(2):
-                # As `PAIRS` says.
-                word = pack(four[i], four[i + 2])
-                T.buffer_store(self.q, word, [(s * 2 + quad) * 4 + 2 * i + half])
-
-    def _block(self, block: Expr, blocks: Expr) -> None:
-        self._arrived()
-        self._multiply_keys()
-        T.evaluate(T.tvm_storage_sync("shared"))
-        self._prepare(self.keys, block + 1, blocks)
-        self._mask(block)
-        self._softmax()
-        self._arrived()
-        self._multiply_values()
-        T.evaluate(T.tvm_storage_sync("shared"))
-        self._prepare(self.values, block + 1, blocks)
-
-    @staticmethod
-    def _arrived() -> None:
-        """Wait for the older one of two groups of copies, of all threads."""
-        T.evaluate(device.wait_copies(1)())
-        T.evaluate(T.tvm_storage_sync("shared"))
-
-    def _multiply_keys(self) -> None:
-        matrix, multiply = self.prompt.key, self.prompt.kind.multiply
-        words = local(4, "uint32")
-        with unrolled(KEYS // 2) as i:
-            T.buffer_store(self.scores, const(0.0), [i])
-        with unrolled(self.prompt.steps) as s, unrolled(KEYS // 32) as n, unrolled(4) as j:
-            key = 32 * n + self.g // 2 * 8 + 2 * j + self.g % 2
-            place = matrix.start + key * matrix.row + (s * 4 + self.t) * 16
-            T.evaluate(device.load_shared(at(words, 0), self.shared.data, place))
-            for half in range(2):
-                left = [self.q[(s * 2 + half) * 4 + i] for i in range(4)]
-                T.evaluate(multiply(at(self.scores, 4 * (4 * n + j)), *left, words[2 * half], words[2 * half + 1]))
-
-    def _mask(self, block: Expr) -> None:
-        """Scores in powers of two, or with a mask of e; minus infinity where a row must not look, or is no key."""
-        prompt = self.prompt
-        scale = self.shape.scale if self.shape.mask else self.shape.scale * LOG2E
-        visible = local(2, "int32")
-        for half in range(2):
-            limit = self.total
-            if prompt.causal:
-                limit = T.min(self.row + (8 * half + 1 - prompt.queries) + limit, limit)
-            T.buffer_store(visible, limit - block * KEYS, [half])
-        with unrolled(KEYS // 32) as n, unrolled(4) as j, unrolled(4) as c:
-            key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
-            place = 4 * (4 * n + j) + c
-            score = self.scores[place] * const(scale)
-            if self.shape.mask:
-                # Added before anything else is done, so that what an importer's mask swallows is what its sum would.
-                row = T.min(self.row + 8 * half, prompt.queries - 1)
-                score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
-            T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
-
-    def _mask_at(self, row: Expr, key: Expr) -> Expr:
-        where = {"b": self.batch, "h": self.head, "m": row, "s": key}
-        return self.b["mask"][tuple(where[axis] if axis in self.shape.mask else 0 for axis in "bhms")]
-
-    def _softmax(self) -> None:
-        best, safe = local(2), local(2)
-        for half in range(2):
-            T.buffer_store(best, const(NOTHING), [half])
-        with unrolled(KEYS // 8) as n, unrolled(4) as c:
-            T.buffer_store(best, T.max(best[c // 2], self.scores[4 * n + c]), [c // 2])
-        for half in range(2):
-            fold(best, half, OVER_T, T.max)
-            T.buffer_store(best, T.max(best[half], self.m[half]), [half])
-            # Where there is nothing yet all differences are to be minus infinity.
-            T.buffer_store(safe, T.Select(best[half] > const(NOTHING), best[half], const(0.0)), [half])
-            T.buffer_store(self.fade, self._power(self.m[half] - safe[half]), [half])
-            T.buffer_store(self.m, best[half], [half])
-            T.buffer_store(self.l, self.l[half] * self.fade[half], [half])
-        with unrolled(KEYS // 8) as n, unrolled(4) as c:
-            place = 4 * n + c
-            T.buffer_store(self.scores, self._power(self.scores[place] - safe[c // 2]), [place])
-            T.buffer_store(self.l, self.l[c // 2] + self.scores[place], [c // 2])
-        with unrolled(self.prompt.columns) as n, unrolled(4) as c:
-            T.buffer_store(self.o, self.o[4 * n + c] * self.fade[c // 2], [4 * n + c])
-
-    def _power(self, score: Expr) -> Expr:
-        return own.exp2(score * const(LOG2E) if self.shape.mask else score)
-
-    def _multiply_values(self) -> None:
-        matrix, kind = self.prompt.value, self.prompt.kind
-        left, words = local(8, "uint32"), local(4, "uint32")
-        with unrolled(KEYS // 32) as n:
-            for i, pair in enumerate(PAIRS):
-                for half in range(2):
-                    two = [self.scores[4 * (4 * n + token // 2) + 2 * half + token % 2] for token in pair]
-                    T.buffer_store(left, kind.pack(*two), [2 * i + half])
-            with unrolled(self.prompt.columns) as column:
-                place = matrix.start + (8 * column + self.g) * matrix.row + (4 * n + self.t) * 16
-                T.evaluate(device.load_shared(at(words, 0), self.shared.data, place))
-                for step in range(2):
-                    four = [left[4 * step + i] for i in range(4)]
-                    T.evaluate(kind.multiply(at(self.o, 4 * column), *four, words[2 * step], words[2 * step + 1]))
-
-    def _store(self) -> None:
-        prompt, inverse = self.prompt, local(2)
-        for half in range(2):
-            fold(self.l, half, OVER_T, add)
-            # Of no keys nothing; what is not a number stays so.
-            value = T.Select(self.l[half] == const(0.0), const(0.0), const(1.0) / self.l[half])
-            T.buffer_store(inverse, value, [half])
-        with unrolled(2) as half:
-            row = self.row + 8 * half
-            with T.If(row < prompt.queries), T.Then(), unrolled(prompt.columns) as n:
-                d = 8 * n + 2 * self.t
-                with T.If(d < self.shape.value_size), T.Then():
-                    two = [self.o[4 * n + 2 * half + c] * inverse[half] for c in range(2)]
-                    to = placed(self.shape.out, self.batch, self.head, row, d)
-                    T.evaluate(own.store_two(at(self.b["out"], *to), *two))
+        Rows(prompt, source, (x, y, z), thread).write()

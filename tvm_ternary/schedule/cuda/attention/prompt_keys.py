@@ -30,7 +30,7 @@ class Whole:
     packed : int
         Blocks.
     b : dict of str to Buffer
-        Filled by `declare`.
+        Those that were declared.
     """
 
     shape: Attention
@@ -50,9 +50,11 @@ class Whole:
         """The most keys and values that are read in float."""
         return self.keys - self.packed * BLOCK, self.keys
 
-    def declare(self) -> None:
+    def declare_packed(self) -> None:
         # No array is empty.
         _declare_packed(self, self.keys // BLOCK + 1)
+
+    def declare_floats(self) -> None:
         for name, layout, size in _states(self.shape):
             self.b[name] = _laid(name, layout, self.batch, self.shape.kv_heads, self.keys, size)
 
@@ -105,8 +107,10 @@ class Cached:
     def floats(self) -> tuple[int, int]:
         return self.room + self.tokens, self.room + self.tokens
 
-    def declare(self) -> None:
+    def declare_packed(self) -> None:
         _declare_packed(self, self.blocks)
+
+    def declare_floats(self) -> None:
         heads = self.shape.kv_heads
         for name, layout, size in _states(self.shape):
             self.b[name] = _laid(name, layout, self.batch, heads, self.room, size)
