@@ -1,6 +1,9 @@
 """Attention: out = softmax(scale q k^T + mask) v for every head, float32.
 
 What is computed, and where the elements of its operands lie; how is `schedule.cpu.attention`.
+
+A mask is what is added to scores, or bits, which say of every key whether a query sees it: 64 keys are a word, the
+first of them its lowest bit.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import numpy.typing as npt
 
 AXES = "bhld"
 """Batch, head, position, element of a head. An operand's layout is these letters in the order of its dimensions."""
+
+WORD = 64
+"""Keys of a word of a mask of bits. Words are int64, for of that TVM has all constants."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,14 @@ class Attention:
     query, key, value, out : str
         Layouts, each a permutation of `AXES`.
     mask : str
-        The axes that what is added to scores has really, of ``bhms``: batch, head, query and key. Empty where there is
-        no mask. Its other dimensions are 1.
+        The axes that a mask has really, of ``bhms``: batch, head, query and key. Empty where there is no mask. Its
+        other dimensions are 1.
     joined : bool
         Whether keys and values are given in two parts, those of the past and new ones behind them. The joined ones are
         then results, too: the past of the next step.
+    hidden : float or None
+        None where the mask is float32 and added to scores. Else it is `pack_mask`'s words, ``s`` is among its axes, and
+        this negative number is added to the scores of keys whose bits are 0.
     """
 
     heads: int
@@ -47,11 +56,29 @@ class Attention:
     out: str = "blhd"
     mask: str = ""
     joined: bool = False
+    hidden: float | None = None
 
     @property
     def group(self) -> int:
         """Heads of queries that share one of keys."""
         return self.heads // self.kv_heads
+
+
+def pack_mask(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """A mask as bits.
+
+    Parameters
+    ----------
+    seen : (..., S) bool
+        Which keys are seen.
+
+    Returns
+    -------
+    (..., ceil(S / 64)) int64
+        Key s is bit ``s % 64`` of word ``s // 64``; bits behind the last key are 0.
+    """
+    padded = np.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, -seen.shape[-1] % WORD)])
+    return np.packbits(padded, axis=-1, bitorder="little").view("<i8").astype(np.int64)
 
 
 def reference_attention(

@@ -12,7 +12,7 @@ import pytest
 import tvm
 
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
-from tvm_ternary.kernels.attention import AXES, Attention, reference_attention
+from tvm_ternary.kernels.attention import AXES, Attention, pack_mask, reference_attention
 from tvm_ternary.schedule.cpu.attention import FEW, KEYS, Lengths, attention
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.target import resolve
@@ -34,7 +34,7 @@ def placed(x: np.ndarray, layout: str) -> np.ndarray:
 
 
 class Case:
-    """Operands, and what should come of them."""
+    """Operands, and what should come of them. Where a mask is bits, ``mask`` is what they stand for."""
 
     def __init__(self, shape: Attention, batch: int, queries: int, keys: int, seed: int = 0) -> None:
         self.shape = shape
@@ -45,11 +45,18 @@ class Case:
         dims = [extents[axis] if axis in shape.mask else 1 for axis in "bhms"]
         self.mask = normal(seed + 3, *dims) if shape.mask else None
 
+    @property
+    def masks(self) -> list[np.ndarray]:
+        """The mask as an operand, if there is one."""
+        if self.mask is None:
+            return []
+        return [self.mask if self.shape.hidden is None else pack_mask(self.mask == 0)]
+
     def run(self, tier: str, lengths: Lengths = UNKNOWN) -> np.ndarray:
         shape = self.shape
         out = np.full((len(self.q), shape.heads, self.q.shape[2], shape.value_size), np.nan, np.float32)
         operands = [placed(x, o) for x, o in ((self.q, shape.query), (self.k, shape.key), (self.v, shape.value))]
-        operands += [] if self.mask is None else [self.mask]
+        operands += self.masks
         tensors = [tvm.runtime.tensor(x) for x in (*operands, placed(out, shape.out))]
         compiled(tier, shape, lengths)(*tensors)
         return tensors[-1].numpy().transpose([shape.out.index(axis) for axis in AXES])
@@ -67,8 +74,7 @@ class Case:
         results = [
             np.full_like(placed(x, layout), np.nan) for x, layout in zip((out, self.k, self.v), layouts, strict=True)
         ]
-        masks = [] if self.mask is None else [self.mask]
-        tensors = [tvm.runtime.tensor(x) for x in (placed(self.q, shape.query), *parts, *masks, *results)]
+        tensors = [tvm.runtime.tensor(x) for x in (placed(self.q, shape.query), *parts, *self.masks, *results)]
         compiled(tier, shape, lengths)(*tensors)
         return [
             tensor.numpy().transpose([layout.index(axis) for axis in AXES])

@@ -12,7 +12,7 @@ import tvm
 from tests.schedule.cpu.graphs import TIERS, normal, runs_here
 from tests.schedule.cpu.test_attention import placed
 from tests.schedule.cpu.test_attention_many_packed import DOTS
-from tvm_ternary.kernels.attention import AXES, Attention
+from tvm_ternary.kernels.attention import AXES, Attention, pack_mask
 from tvm_ternary.kernels.paired_values import pair, round_block
 from tvm_ternary.kernels.rounded_attention import Rounding, Sight
 from tvm_ternary.kernels.rounded_attention import rounded_attention as reference
@@ -23,7 +23,7 @@ from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import resolve
 
-SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="bms")
+SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="bms", hidden=-np.inf)
 Function = Any
 
 
@@ -67,7 +67,7 @@ def test_what_is_packed_and_what_is_seen(planes: int, window: int, keys: int, qu
         tvm.runtime.tensor(placed(x, layout)) for x, layout in ((k, SHAPE.key), (q, SHAPE.query), (v, SHAPE.value))
     ]
     pack_function(given[0], given[2], *words)
-    attend(given[1], *words, given[0], given[2], tvm.runtime.tensor(mask), out)
+    attend(given[1], *words, given[0], given[2], tvm.runtime.tensor(pack_mask(seen[:, None])), out)
 
     used = max(0, keys - window) // BLOCK
     blocks = k[:, :, : used * BLOCK].reshape(batch, SHAPE.kv_heads, used, BLOCK, SHAPE.size)

@@ -94,10 +94,10 @@ class _Rewriter(relax.PyExprMutator):
         if match is None:
             super().visit_var_binding_(binding)
             return
-        masks, axes = add_masks(self.builder_, match, self.visit_expr)
-        self.shapes[binding.var] = match.shape(axes)
+        mask = add_masks(self.builder_, match, self.visit_expr, bits=False)
+        self.shapes[binding.var] = match.shape(mask.axes)
         # A vector, since those of float32 are no part of a segment's code (`cut`): equal layers stay equal.
         number = relax.const(np.array([self.numbers[binding.var]], np.float32))
         operands = [self.visit_expr(one.value) for one in (match.query, match.key, match.value)]
-        call = relax.call_dps_packed(self.function, [number, *operands, *masks], match.result.ty)
+        call = relax.call_dps_packed(self.function, [number, *operands, *mask.operands], match.result.ty)
         self.set_var_remap(binding.var, self.builder_.emit(call))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 from tvm_ffi import structural_equal
 
 from tvm_ternary.graph.onnx.values import PLACED
 from tvm_ternary.graph.passes.dataflow import Dataflow, dims_of
+from tvm_ternary.graph.passes.mask_values import KnownValues, only_hides
 from tvm_ternary.kernels.attention import AXES, Attention
 
 # A score that is replaced by something from here down is as good as gone, like one to which it is added.
@@ -41,12 +43,17 @@ class Operand:
 
 @dataclass(frozen=True)
 class Scores:
-    """softmax's argument: scale * q k^T + masks."""
+    """softmax's argument: scale * q k^T + masks.
+
+    A mask is added as it is, or it is a boolean and a number is added where that is false. ``hidden`` is that number
+    where the sum of all of them is nothing else.
+    """
 
     product: relax.Var
     scale: float = 1.0
     masks: tuple[tuple[relax.Expr, float | None], ...] = ()
     grouped: bool = False
+    hidden: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,8 @@ class Match:
         """Past and new keys, past and new values; none where there is no past."""
         return [Operand(part, one.layout) for one in (self.key, self.value) for part in one.joined]
 
-    def shape(self, mask: str) -> Attention:
-        """The family that it is of, with the axes that the sum of its masks has."""
+    def shape(self, mask: str, hidden: float | None = None) -> Attention:
+        """The family that it is of, with the axes of its mask, and what bits of that hide by."""
         q, k, v = self.query, self.key, self.value
         return Attention(
             heads=int(q.extents.get("h", 1)),
@@ -103,6 +110,7 @@ class Match:
             out=self.layout,
             mask=mask,
             joined=self.joined,
+            hidden=hidden,
         )
 
 
@@ -118,6 +126,7 @@ class _Finder(Dataflow):
     def __init__(self, module: tvm.IRModule) -> None:
         super().__init__(module["main"])
         self.module, self.returned = module, module["main"].body.body
+        self.values = KnownValues(self)
 
     def find(self) -> dict[relax.Var, Match]:
         """The attentions, by the variables that hold their results."""
@@ -153,6 +162,7 @@ class _Finder(Dataflow):
         if not _same_parts(key, value):
             key, value = (replace(one, joined=(), starts=None) for one in (key, value))
         joined = bool(key.joined) and key.starts is None
+        scores = replace(scores, hidden=self._hidden(scores.masks))
         match = Match(query, key, value, scores, softmax, result, layout, joined, key.starts)
         return match if _is_attention(match, dims) else None
 
@@ -169,7 +179,7 @@ class _Finder(Dataflow):
         if (call := self.call_of(expr, "add")) is not None and scores.scale == 1.0 and not scores.grouped:
             left, right = call.args
             for inner, mask in ((left, right), (right, left)):
-                found = self._scores(inner, replace(scores, masks=(*scores.masks, (mask, None))))
+                found = self._scores(inner, replace(scores, masks=(*scores.masks, self._mask(mask))))
                 if found is not None:
                     return found
         if (call := self.call_of(expr, "where")) is not None and scores.scale == 1.0 and not scores.grouped:
@@ -178,6 +188,25 @@ class _Finder(Dataflow):
             if hidden is not None and hidden <= _HIDDEN:
                 return self._scores(chosen, replace(scores, masks=(*scores.masks, (seen, hidden))))
         return None
+
+    def _mask(self, expr: relax.Expr) -> tuple[relax.Expr, float | None]:
+        """What is added, where it is chosen so, as a boolean."""
+        call = self.call_of(expr, "where")
+        if call is not None and _scalar(call.args[1]) == 0 and (hidden := _scalar(call.args[2])) is not None:
+            return call.args[0], hidden
+        return expr, None
+
+    def _hidden(self, masks: tuple[tuple[relax.Expr, float | None], ...]) -> float | None:
+        """The number that the sum of all masks adds where it adds something, if there is one."""
+        total: frozenset[np.float32] | None = None
+        for expr, hidden in masks:
+            known = self.values.of(expr) if hidden is None else frozenset((0.0, hidden))
+            if known is None:
+                return None
+            with np.errstate(over="ignore", invalid="ignore"):
+                ours = frozenset(map(np.float32, known))
+                total = ours if total is None else frozenset(a + b for a in total for b in ours)
+        return only_hides(None if total is None else frozenset(map(float, total)))
 
     def _scaled(self, call: relax.Call, scores: Scores) -> Scores | None:
         left, right = call.args

@@ -21,7 +21,7 @@ an addition, so that a hidden score that is not finite shows, where the choice w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import tvm
 from tvm import relax
@@ -30,7 +30,8 @@ from tvm_ffi import structural_equal
 
 from tvm_ternary.graph.passes.dataflow import dims_of, with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import WORD, Attention
+from tvm_ternary.schedule.cpu.attention.pack_mask import pack_mask
 
 Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
 """Gives the function of an attention for a batch and lengths: of queries and keys, or queries, past and new keys."""
@@ -78,8 +79,8 @@ class _Rewriter(relax.PyExprMutator):
                 self.set_var_remap(var, field)
 
     def _call(self, match: Match) -> relax.Expr:
-        masks, axes = add_masks(self.builder_, match, self.visit_expr)
-        shape = match.shape(axes)
+        mask = add_masks(self.builder_, match, self.visit_expr)
+        shape = match.shape(mask.axes, mask.hidden)
         keys = match.parts[: len(match.parts) // 2]
         extents = [match.query.extents["b"], match.query.extents["l"], *(part.extents["l"] for part in keys)]
         lengths = tuple(map(known_extent, extents))
@@ -88,12 +89,30 @@ class _Rewriter(relax.PyExprMutator):
         operands = [self.visit_expr(one.value) for one in (match.query, *match.parts)]
         joined = [match.key.value.ty, match.value.value.ty]
         results = [match.result.ty, *joined] if match.joined else match.result.ty
-        return relax.call_tir(self.functions[shape, lengths], [*operands, *masks], results)
+        return relax.call_tir(self.functions[shape, lengths], [*operands, *mask.operands], results)
+
+
+class Mask(NamedTuple):
+    """The mask of an attention.
+
+    Attributes
+    ----------
+    operands : tuple of relax.Expr
+        One tensor of four dimensions; none where there is no mask.
+    axes : str
+        Which of ``bhms`` are not 1.
+    hidden : float or None
+        As of `kernels.attention.Attention`: None where the tensor is float32, else it is words of bits.
+    """
+
+    operands: tuple[relax.Expr, ...] = ()
+    axes: str = ""
+    hidden: float | None = None
 
 
 def add_masks(
-    builder: relax.BlockBuilder, match: Match, visit: Callable[[relax.Expr], relax.Expr]
-) -> tuple[list[relax.Expr], str]:
+    builder: relax.BlockBuilder, match: Match, visit: Callable[[relax.Expr], relax.Expr], *, bits: bool = True
+) -> Mask:
     """Emit the sum of all masks of an attention.
 
     Parameters
@@ -102,13 +121,8 @@ def add_masks(
     match : Match
     visit : callable
         Gives what an expression has become.
-
-    Returns
-    -------
-    masks : list of relax.Expr
-        One float32 tensor of four dimensions; none where there is no mask.
-    axes : str
-        Which of ``bhms`` are not 1.
+    bits : bool
+        Whether a mask that hides keys and adds nothing else may be bits; without an axis of keys it is none.
     """
     total: relax.Expr | None = None
     for expr, hidden in match.scores.masks:
@@ -117,11 +131,32 @@ def add_masks(
             mask = builder.emit(R.where(mask, relax.const(0.0, "float32"), relax.const(hidden, "float32")))
         total = mask if total is None else builder.emit(R.add(total, mask))
     if total is None:
-        return [], ""
+        return Mask()
     dims = dims_of(total)
     assert dims is not None
     rank = len(dims_of(match.softmax) or [])
     dims = [*[as_index(1)] * (rank - len(dims)), *dims]
     dims = dims if rank == 4 else [dims[0], as_index(1), *dims[1:]]
     axes = "".join(axis for axis, dim in zip("bhms", dims, strict=True) if not structural_equal(dim, as_index(1)))
-    return [builder.emit(R.reshape(total, relax.ShapeExpr(dims)))], axes
+    if bits and match.scores.hidden is not None and "s" in axes:
+        return Mask((_words(builder, _seen(builder, match, total, visit), dims),), axes, match.scores.hidden)
+    return Mask((builder.emit(R.reshape(total, relax.ShapeExpr(dims))),), axes)
+
+
+def _seen(
+    builder: relax.BlockBuilder, match: Match, total: relax.Expr, visit: Callable[[relax.Expr], relax.Expr]
+) -> relax.Expr:
+    """Where the sum of all masks adds nothing: one boolean as it is, else what becomes of it in the end."""
+    (expr, hidden), *others = match.scores.masks
+    if hidden is not None and not others:
+        return visit(expr)
+    return builder.emit(R.equal(total, relax.const(0.0, "float32")))
+
+
+def _words(builder: relax.BlockBuilder, seen: relax.Expr, dims: list[Any]) -> relax.Expr:
+    """The bits of a boolean mask, by one function for all masks of the same known extents."""
+    seen = builder.emit(R.reshape(seen, relax.ShapeExpr(dims)))
+    *outer, keys = dims
+    words = tvm.sym.Analyzer().simplify(tvm.tirx.floordiv(keys + (WORD - 1), as_index(WORD)))
+    function = builder.add_func(pack_mask(tuple(map(known_extent, dims))), "pack_mask")
+    return builder.emit(relax.call_tir(function, [seen], relax.TensorType([*outer, words], "int64")))

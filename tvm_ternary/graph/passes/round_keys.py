@@ -23,9 +23,10 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, named_attentions
+from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices
 from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
+from tvm_ternary.graph.passes.find_pasts import named_attentions
 from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, Parts, fold_rotations
 from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
@@ -107,8 +108,8 @@ class _Rewriter(relax.PyExprMutator):
             self.set_var_remap(binding.var, self.builder_.emit(call))
 
     def _call(self, match: Match, choice: CacheChoice, folded: Parts) -> relax.Expr:
-        masks, axes = add_masks(self.builder_, match, self.visit_expr)
-        shape = replace(match.shape(axes), joined=False)
+        mask = add_masks(self.builder_, match, self.visit_expr)
+        shape = replace(match.shape(mask.axes, mask.hidden), joined=False)
         batch, queries, keys = match.query.extents["b"], match.query.extents["l"], match.key.extents["l"]
         assert choice.window is not None
         key = shape, choice.key_planes, choice.window, tuple(map(known_extent, (batch, queries, keys)))
@@ -126,4 +127,4 @@ class _Rewriter(relax.PyExprMutator):
             relax.call_tir(pack, [k, v], [relax.TensorType(extents, dtype) for extents, dtype in outputs])
         )
         words = [self.builder_.emit(relax.TupleGetItem(packed, n)) for n in range(len(outputs))]
-        return relax.call_tir(attend, [q, *words, k, v, *masks], match.result.ty)
+        return relax.call_tir(attend, [q, *words, k, v, *mask.operands], match.result.ty)

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import IfThenElse, PrimFunc, Stmt, Var
 
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import WORD, Attention
 from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.schedule.cpu.attention.append import appending
 from tvm_ternary.schedule.cpu.attention.few import FEW, tile_rows
@@ -81,9 +81,8 @@ def cached_attention(shape: Attention, packed: Packed, lengths: tuple[int | None
         Var(n, "int64") if given is None else index(given) for n, given in zip(names, lengths, strict=True)
     )
     blocks, room = Var("blocks", "int64"), Var("room", "int64")
-    on = _Operands(
-        shape, simd, batch, queries, index(0), queries, Var("keys", "int64") if "s" in shape.mask else index(1)
-    )
+    keys = Var("words", "int64") * WORD if shape.hidden is not None else Var("keys", "int64")
+    on = _Operands(shape, simd, batch, queries, index(0), queries, keys if "s" in shape.mask else index(1))
     tail_on = Operands(replace(shape, key=TAIL, value=TAIL), simd, batch, queries, index(0), room)
     cache = Cache(shape, packed, batch, blocks)
     past = tirx.decl_buffer([batch], "int32", "past")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.sym import Analyzer
-from tvm.tirx import BufferStore, Select, Stmt, Var
+from tvm.tirx import BufferStore, IfThenElse, Select, Stmt, Var
 
 from tvm_ternary.schedule.cpu.attention.join import join_block
 from tvm_ternary.schedule.cpu.attention.operands import (
+    HIDDEN,
     KEYS,
     NOTHING,
     ZERO,
@@ -18,7 +21,9 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     across,
     buffer,
     elements,
+    hide,
     inverse,
+    tiles,
     vectors,
     zeros,
 )
@@ -92,15 +97,66 @@ class Few:
         return self.on.blocks(block)
 
     def _block(self, source: Source, first: Expr, count: Expr) -> Stmt:
-        return sequence(
-            self._score(source, first, count),
-            loop(self.rows, lambda row: self._softmax(row, count), name="row"),
-            self._values(source, first, count),
+        def work(hide: Stmt | None) -> Stmt:
+            return sequence(
+                self._score(source, first, count),
+                [] if hide is None else hide,
+                loop(self.rows, lambda row: self._softmax(row, count), name="row"),
+                self._values(source, first, count),
+            )
+
+        if self.shape.hidden is None:
+            return work(None)
+        words = tirx.decl_buffer([index(self.rows)], "int64", "words")
+        within = tirx.floormod(first, index(KEYS))
+
+        def load(row: Expr) -> Stmt:
+            return BufferStore(
+                words, tirx.shift_right(self._word(row, tirx.floordiv(first, index(KEYS))), within), [row]
+            )
+
+        seen = reduce(tirx.bitwise_or, [words[row] for row in range(self.rows)])
+        skip = tirx.all(tirx.EQ(seen, tirx.const(0, "int64")), self._hidden_is_nothing())
+        shown = IfThenElse(
+            tirx.Not(skip), work(loop(self.rows, lambda row: self._hide(words[row], row, count), name="row")), None
         )
+        # One by one, so that what it takes to divide a row into head and query is not done for every block.
+        return scope("hidden", sequence([load(row) for row in range(self.rows)], shown), [words])
+
+    def _word(self, row: int | Expr, block: Expr) -> Expr:
+        """A mask's word of a block of keys for a row."""
+        head, query = self._at(row)
+        return self.on.mask_at(self.batch, head, query, block)
+
+    def _hide(self, word: Expr, row: Expr, count: Expr, place: Expr | int = 0) -> Stmt:
+        """Hide what a word says of so many keys, whose scores begin at ``place``."""
+        assert self.shape.hidden is not None
+        hidden = self.shape.hidden
+
+        def part(n: Expr) -> Stmt:
+            bits = tirx.shift_right(word, n * self.lanes).astype("uint32")
+
+            def one(lane: Expr) -> Stmt:
+                at = [row, place + n * self.lanes + lane]
+                return BufferStore(self.scores, hide(self.scores[tuple(at)], bits, lane, hidden), at)
+
+            return vector(self.lanes, one)
+
+        parts = loop(tiles(count, self.lanes), part, name="part")
+        return IfThenElse(tirx.NE(word, tirx.const(-1, "int64")), parts, None)
+
+    def _hidden_is_nothing(self) -> Expr:
+        """Whether what bits hide is nothing beside what each row has seen."""
+        hidden = self.shape.hidden
+        assert hidden is not None
+        if hidden > HIDDEN or hidden == float("-inf"):
+            return tirx.const(hidden < HIDDEN)
+        low = reduce(tirx.min, [self.state["peak"][row] for row in range(self.rows)])
+        return low > tirx.const(HIDDEN, "float32")
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
-        """A score with what hides its key."""
-        if not self.shape.mask:
+        """A score with what is added to it; what bits hide follows (`_hide`)."""
+        if not self.shape.mask or self.shape.hidden is not None:
             return score
         head, query = self._at(row)
         return score + self.on.mask_at(self.batch, head, query, key)

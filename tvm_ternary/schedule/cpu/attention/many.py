@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -11,6 +10,7 @@ from tvm.script import tirx as T
 from tvm.sym import Analyzer
 from tvm.tirx import BufferStore, IfThenElse, Ramp, Select, Stmt, Var
 
+from tvm_ternary.schedule.cpu.attention.masks import Bits, Extremes, Tile, extremes_of
 from tvm_ternary.schedule.cpu.attention.operands import (
     HIDDEN,
     KEYS,
@@ -20,6 +20,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     Source,
     across,
     buffer,
+    hide,
     inverse,
     place,
     tiles,
@@ -27,92 +28,29 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     zeros,
 )
 from tvm_ternary.schedule.cpu.attention.transpose import transposed
-from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, strips, vector
+from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, static, vector
 from tvm_ternary.schedule.cpu.vector_math import exp_to_one
+
+__all__ = ["Extremes", "Many", "Tile", "Wide", "over_tiles"]
 
 Wide = tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr, Expr], Stmt]]
 """How a square of elements is read and kept, see `Many`."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One batch and head, and the queries ``first .. first + width`` of it, the last of them repeated at the end."""
-
-    batch: Expr
-    head: Expr
-    first: Expr
-    vectors: int
-
-
-class Extremes:
-    """The least and the most that a mask of queries and keys adds in a block, for each tile of queries.
-
-    They are found before all tiles, since heads share most masks.
-    """
-
-    def __init__(self, on: Operands, width: int) -> None:
-        self.on, self.width = on, width
-        kinds = {"b": on.batch, "h": index(on.shape.heads)}
-        outer = [kinds[axis] if axis in on.shape.mask else index(1) for axis in "bh"]
-        self.by_key = "s" in on.shape.mask
-        self.extents = [*outer, tiles(on.queries, width), tiles(on.keys, KEYS) if self.by_key else index(1)]
-        self.found = tirx.decl_buffer([*self.extents, index(2)], "float32", "extremes")
-
-    def of(self, tile: Tile, first: Expr) -> tuple[Expr, Expr]:
-        """Least and most for a tile in the block that begins with key ``first``."""
-        batch, head = (
-            at if axis in self.on.shape.mask else index(0) for axis, at in (("b", tile.batch), ("h", tile.head))
-        )
-        block = tirx.floordiv(first, index(KEYS)) if self.by_key else index(0)
-        at = [batch, head, tirx.floordiv(tile.first, index(self.width)), block]
-        return self.found[(*at, 0)], self.found[(*at, 1)]
-
-    def find(self) -> Stmt:
-        """Read all of the mask."""
-        return space(self.extents, self.width * KEYS // 4, self._look)
-
-    def _look(self, at: list[Expr]) -> Stmt:
-        on, lanes = self.on, self.on.lanes
-        batch, head, tile, block = at
-        least, most = buffer("least", lanes), buffer("most", lanes)
-        first = block * KEYS
-        queries = tirx.min(index(self.width), on.queries - tile * self.width)
-        count = tirx.min(index(KEYS), on.keys - first) if self.by_key else index(1)
-
-        def row(n: Expr) -> Stmt:
-            def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
-                def one(lane: Expr) -> Stmt:
-                    item = on.mask_at(batch, head, tile * self.width + n, first + base + lane)
-                    return sequence(
-                        BufferStore(least, tirx.min(least[lane], item), [lane]),
-                        BufferStore(most, tirx.max(most[lane], item), [lane]),
-                    )
-
-                return vector(width, one)
-
-            return sequence(strips(count, lanes, strip))
-
-        infinity = tirx.const(float("inf"), "float32")
-        start = [
-            vector(lanes, lambda lane: BufferStore(least, infinity, [lane])),
-            vector(lanes, lambda lane: BufferStore(most, NOTHING, [lane])),
-        ]
-        folds = [across(least, lanes, tirx.min), across(most, lanes, tirx.max)]
-        keep = [BufferStore(self.found, one[0], [*at, index(n)]) for n, one in enumerate((least, most))]
-        return scope("look", sequence(start, loop(queries, row, name="query"), *folds, keep), [least, most])
-
-
 def over_tiles(on: Operands, vectors: int, work: Expr, write: Callable[[Tile, Extremes | None], Stmt]) -> Stmt:
     """All tiles of so many vectors of queries; ``work`` is that of one of them."""
     width = vectors * on.lanes
-    extremes = Extremes(on, width) if "m" in on.shape.mask else None
+    extremes = extremes_of(on, width)
     extents = [on.batch, index(on.shape.heads), tiles(on.queries, width)]
     body = space(extents, work, lambda at: write(Tile(at[0], at[1], at[2] * width, vectors), extremes))
-    return body if extremes is None else scope("masks", sequence(extremes.find(), body), [extremes.found])
+    return body if extremes is None else scope("masks", sequence(extremes.find(), body), extremes.buffers)
 
 
 class Many:
     """A tile of queries, transposed: element by query, so that what is read along the lanes is contiguous."""
+
+    knows_all = True
+    """Whether a mask is of no more keys than there are: then what it hides is known before scores are."""
 
     def __init__(self, on: Operands, tile: Tile, extremes: Extremes | None) -> None:
         self.on, self.tile, self.shape, self.extremes = on, tile, on.shape, extremes
@@ -122,8 +60,9 @@ class Many:
         shapes = {"q": self.shape.size, "scores": KEYS, "o": self.shape.value_size}
         self.buffers = {name: buffer(name, n, self.width) for name, n in shapes.items()}
         self.state = {name: buffer(name, self.width) for name in ("peak", "total", "block_peak", "fade")}
-        self.by_query = "m" in self.shape.mask
-        if self.by_query:
+        if self.shape.hidden is not None:
+            self.buffers["hidden"] = tirx.decl_buffer([index(KEYS // 32), index(self.width)], "uint32", "hidden")
+        elif extremes is not None:
             self.buffers["hidden"] = buffer("hidden", KEYS, self.width)
 
     def write(self) -> Stmt:
@@ -216,10 +155,22 @@ class Many:
     def _block(self, source: Source, first: Expr, count: Expr, scores: Stmt, weigh: Stmt | None = None) -> Stmt:
         """Weigh and add the values of a block whose ``scores`` are to be computed so, unless it is hidden."""
         work = sequence(scores, self._weigh(source, first, count) if weigh is None else weigh)
-        if not self.by_query:
+        if self.extremes is None:
             return work
         low = buffer("low", self.lanes)
-        return scope("masked", sequence(self._lowest_peak(low), self._unless_hidden(low, first, count, work)), [low])
+        load = IfThenElse(tirx.Not(self._plain(first)), self._load_mask(first, count), None)
+        skip = tirx.all(self.extremes.hides(self.tile, first), self._hidden_is_nothing(low))
+        block = IfThenElse(tirx.Not(skip), sequence(load, work), None)
+        return scope("masked", sequence(self._lowest_peak(low), block), [low])
+
+    def _hidden_is_nothing(self, low: Var) -> Expr:
+        """Whether what the mask hides is nothing beside what each query sees, of which ``low`` is the least peak."""
+        hidden = self.shape.hidden
+        if hidden is not None and (hidden > HIDDEN or hidden == float("-inf")):
+            return tirx.const(hidden < HIDDEN)
+        if isinstance(self.extremes, Bits) and self.knows_all:
+            return self.extremes.sees(self.tile)
+        return low[0] > tirx.const(HIDDEN, "float32")
 
     def _lowest_peak(self, low: Var) -> Stmt:
         peak, lanes = self.state["peak"], self.lanes
@@ -233,12 +184,23 @@ class Many:
     def _plain(self, first: Expr) -> Expr:
         """Whether the mask adds nothing in a block."""
         assert self.extremes is not None
-        return tirx.all(*(tirx.EQ(extreme, ZERO) for extreme in self.extremes.of(self.tile, first)))
+        return self.extremes.plain(self.tile, first)
 
-    def _unless_hidden(self, low: Var, first: Expr, count: Expr, work: Stmt) -> Stmt:
-        assert self.extremes is not None
+    def _load_mask(self, first: Expr, count: Expr) -> Stmt:
+        """What hides the keys of a block, by key and query; of bits the halves of their words, by query."""
         on, tile, hidden = self.on, self.tile, self.buffers["hidden"]
-        least, most = self.extremes.of(tile, first)
+
+        def halves(column: Expr) -> Stmt:
+            word = on.mask_at(tile.batch, tile.head, self._query(column), tirx.floordiv(first, index(KEYS)))
+            return sequence(
+                [
+                    BufferStore(hidden, tirx.shift_right(word, index(32 * n)).astype("uint32"), [n, column])
+                    for n in range(KEYS // 32)
+                ]
+            )
+
+        if self.shape.hidden is not None:
+            return loop(self.width, halves, name="column") if "m" in self.shape.mask else self._fill(halves)
 
         def one(column: Expr, j: Expr) -> Stmt:
             value = on.mask_at(tile.batch, tile.head, self._query(column), first + j)
@@ -250,12 +212,7 @@ class Many:
         def keep(j: Expr, column: Expr, x: Expr) -> Stmt:
             return BufferStore(hidden, x, [j, self._lanes_from(column)])
 
-        turn = self._turned(count, one, (row, keep) if "s" in self.shape.mask else None)
-        load = IfThenElse(tirx.Not(self._plain(first)), turn, None)
-        limit = tirx.const(HIDDEN, "float32")
-        # A NaN in the mask fails both comparisons of the first kind, and has to be computed with.
-        skip = tirx.all(most <= limit, least <= limit, low[0] > limit)
-        return IfThenElse(tirx.Not(skip), sequence(load, work), None)
+        return self._turned(count, one, (row, keep) if "s" in self.shape.mask else None)
 
     def _scores(self, source: Source, first: Expr, count: Expr) -> Stmt:
         q = self.buffers["q"]
@@ -286,11 +243,8 @@ class Many:
 
         def one(row: int, key: Expr, c: Expr, plain: bool) -> Stmt:
             value = score(row, c)
-            if self.by_query:
-                value = value if plain else value + self.buffers["hidden"][key, c]
-            elif self.shape.mask:
-                seen = first + tirx.min(key, count - 1)
-                value = value + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
+            if not plain:
+                value = self._masked(value, first, key, count, c)
             if static(count) != KEYS:
                 value = Select(key < count, value, NOTHING)
             return sequence(BufferStore(scores, value, [key, c]), BufferStore(peak, tirx.max(peak[c], value), [c]))
@@ -303,7 +257,20 @@ class Many:
                 ]
             )
 
-        return IfThenElse(self._plain(first), every(True), every(False)) if self.by_query else every(True)
+        if self.extremes is None:
+            return every(not self.shape.mask)
+        return IfThenElse(self._plain(first), every(True), every(False))
+
+    def _masked(self, score: Expr, first: Expr, key: Expr, count: Expr, c: Expr) -> Expr:
+        """The score of a key of the block for a query, with what hides it."""
+        if self.extremes is None:
+            seen = first + tirx.min(key, count - 1)
+            return score + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
+        hidden = self.buffers["hidden"]
+        if self.shape.hidden is None:
+            return score + hidden[key, c]
+        half, bit = tirx.floordiv(key, index(32)), tirx.floormod(key, index(32))
+        return hide(score, hidden[half, c], bit, self.shape.hidden)
 
     def _weigh(self, source: Source, first: Expr, count: Expr) -> Stmt:
         return sequence(self._softmax(count), self._values(source, first, count))

@@ -29,6 +29,8 @@ from tvm_ternary.schedule.intrinsics.common import field
 class ManyCached(Many):
     """A tile of queries over the packed blocks of a sequence, its tail, and new tokens behind that."""
 
+    knows_all = False
+
     def __init__(
         self, on: Operands, cache: Cache, tile: Tile, extremes: Extremes | None, runs: tuple[Run, Run]
     ) -> None:

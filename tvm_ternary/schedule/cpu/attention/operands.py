@@ -12,12 +12,14 @@ from tvm.ir import Expr
 from tvm.sym import Analyzer
 from tvm.tirx import BufferStore, Select, Stmt, Var
 
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import WORD, Attention
 from tvm_ternary.schedule.cpu.nest import index, loop, sequence, static, vector
 from tvm_ternary.schedule.cpu.simd import Simd
 
 KEYS = 64
 """Keys of a block: their scores for a tile of queries, beside the tile itself, fit the first-level cache."""
+
+assert KEYS == WORD, "a block of keys is a word of a mask"
 
 ZERO = tirx.const(0.0, "float32")
 NOTHING = tirx.const(float("-inf"), "float32")
@@ -138,9 +140,16 @@ class Operands:
 
     @cached_property
     def mask(self) -> Var:
-        extents = {"b": self.batch, "h": index(self.shape.heads), "m": self.queries, "s": self.keys}
+        bits = self.shape.hidden is not None
+        extents = {"b": self.batch, "h": index(self.shape.heads), "m": self.queries}
+        extents["s"] = self.words if bits else self.keys
         dims = [extents[axis] if axis in self.shape.mask else index(1) for axis in "bhms"]
-        return tirx.decl_buffer(dims, "float32", "mask")
+        return tirx.decl_buffer(dims, "int64" if bits else "float32", "mask")
+
+    @cached_property
+    def words(self) -> Expr:
+        """Words of a mask of bits."""
+        return Analyzer().simplify(tiles(self.keys, WORD))
 
     def _operand(self, name: str, layout: str, heads: int, length: Expr, size: int) -> Var:
         extents = {"b": self.batch, "h": index(heads), "l": length, "d": index(size)}
@@ -156,6 +165,7 @@ class Operands:
         return self.v[tuple(place(self.shape.value, batch, kv, key, d))]
 
     def mask_at(self, batch: Expr, head: Expr, query: Expr, key: Expr) -> Expr:
+        """What is added to a score; of a mask of bits a word, ``key`` its number."""
         return self.mask[tuple(self.mask_place(batch, head, query, key))]
 
     def mask_place(self, batch: Expr, head: Expr, query: Expr, key: Expr) -> list[Expr]:
@@ -192,6 +202,13 @@ def place(layout: str, batch: Expr, head: Expr, position: Expr, d: Expr) -> list
 def tiles(extent: Expr, size: int) -> Expr:
     known = static(Analyzer().simplify(extent))
     return tirx.floordiv(extent + (size - 1), index(size)) if known is None else index(-(-known // size))
+
+
+def hide(score: Expr, word: Expr, bit: Expr, hidden: float) -> Expr:
+    """A score, to which ``hidden`` is added unless a bit of 32 is set."""
+    one, nothing = tirx.const(1, "uint32"), tirx.const(0, "uint32")
+    set_ = tirx.NE(tirx.bitwise_and(word, tirx.shift_left(one, bit.astype("uint32"))), nothing)
+    return Select(set_, score, score + tirx.const(hidden, "float32"))
 
 
 def inverse(total: Expr) -> Expr:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -201,10 +201,11 @@ class FewPacked(Few):
 
     def _find(self, seen: Var) -> Stmt:
         """The first block that a row sees, and the one behind the last."""
+        if self.shape.hidden is not None:
+            return self._find_bits(seen)
         lanes, peak = self.lanes, self.state["peak"]
         low, found = buffer("low", 1), tirx.decl_buffer([index(lanes)], "int32", "found")
         limit = Select(low[0] > tirx.const(HIDDEN, "float32"), tirx.const(HIDDEN, "float32"), NOTHING)
-        alike = "h" not in self.shape.mask and ("m" not in self.shape.mask or static(self.on.queries) == 1)
 
         def look(block: Expr, row: Expr, start: Expr) -> Stmt:
             head, query = self._at(row)
@@ -225,7 +226,7 @@ class FewPacked(Few):
             return sequence(
                 vector(lanes, lambda lane: BufferStore(found, tirx.const(0), [lane])),
                 loop(
-                    1 if alike else self.rows,
+                    1 if self._rows_are_alike else self.rows,
                     lambda row: loop(BLOCK // lanes, lambda start: look(n, row, start), name="part"),
                     name="row",
                 ),
@@ -241,6 +242,31 @@ class FewPacked(Few):
             loop(self.full, block, name="block"),
         )
         return scope("find", body, [low, found])
+
+    @property
+    def _rows_are_alike(self) -> bool:
+        """Whether the mask is the same for all of them."""
+        return "h" not in self.shape.mask and ("m" not in self.shape.mask or static(self.on.queries) == 1)
+
+    def _find_bits(self, seen: Var) -> Stmt:
+        nothing = tirx.const(0, "int64")
+
+        def is_hidden(block: Expr, valid: Expr) -> Expr:
+            rows = range(1 if self._rows_are_alike else self.rows)
+            words = reduce(tirx.bitwise_or, [self._word(row, block) for row in rows])
+            # Not read where it is none.
+            return tirx.EQ(tirx.if_then_else(valid, words, tirx.const(-1, "int64")), nothing)
+
+        first, last = seen[0], seen[1]
+        narrow = [
+            tirx.While(is_hidden(first, first < self.full), BufferStore(seen, first + 1, [0])),
+            tirx.While(is_hidden(last - 1, last > first), BufferStore(seen, last - 1, [1])),
+        ]
+        return sequence(
+            BufferStore(seen, nothing, [0]),
+            BufferStore(seen, self.full, [1]),
+            IfThenElse(self._hidden_is_nothing(), sequence(narrow), None),
+        )
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
         if not self.causal:
@@ -288,9 +314,12 @@ class FewPacked(Few):
             return self.asked.load(row, index(self.shape.size), lambda d: self.q[row, d] * scale[(*at, d)])
 
         def store(row: int, start: int, lanes: int, value: Expr) -> list[Stmt]:
-            if self.shape.mask:
+            if self.shape.mask and self.shape.hidden is None:
                 value = value + self._mask_vector(row, block * BLOCK + start, lanes)
             return [BufferStore(self.scores, value, [row, Ramp(place + start, 1, lanes)])]
+
+        def hide(row: int) -> Stmt:
+            return self._hide(self._word(row, block), index(row), index(BLOCK), place)
 
         return sequence(
             loop(self.rows, ask, name="row"),
@@ -302,6 +331,8 @@ class FewPacked(Few):
                 self.on.simd.registers,
                 store,
             ),
+            # One by one, so that a row is divided into head and query before all blocks.
+            [hide(row) for row in range(self.rows)] if self.shape.hidden is not None else [],
         )
 
     def _mask_vector(self, row: int, key: Expr, lanes: int) -> Expr:

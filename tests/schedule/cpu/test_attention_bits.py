@@ -1,0 +1,123 @@
+"""Masks of bits: the same results as of what they stand for added to scores, to the bit; and nothing hidden shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.schedule.cpu.test_attention import BASE, Case, check_joined
+from tvm_ternary.kernels.attention import pack_mask
+from tvm_ternary.schedule.cpu.attention.pack_mask import pack_mask as pack_function
+from tvm_ternary.target import resolve
+
+LOWEST = float(np.finfo(np.float32).min)
+KINDS = st.sampled_from(["causal", "window", "padded", "random", "nothing", "everything"])
+
+
+def seen_by(kind: str, dims: list[int], seed: int) -> np.ndarray:
+    """Which keys are seen; an axis of a mask that it does not have is 1."""
+    random = np.random.default_rng(seed)
+    *outer, queries, keys = dims
+    later = np.arange(keys) - np.arange(queries)[:, None]
+    offset = random.integers(0, keys)
+    seen = {
+        "causal": lambda: later <= offset,
+        "window": lambda: (later <= offset) & (later > offset - 20),
+        "padded": lambda: np.arange(keys) >= random.integers(0, keys, (*outer, 1, 1)),
+        "random": lambda: random.random(dims) < random.random(),
+        "nothing": lambda: np.zeros((), bool),
+        "everything": lambda: np.ones((), bool),
+    }
+    return np.broadcast_to(seen[kind](), dims)
+
+
+def added(seen: np.ndarray, hidden: float) -> np.ndarray:
+    return np.where(seen, np.float32(0), np.float32(hidden))
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys", "hidden"),
+    [
+        ("ms", 40, 133, -np.inf),
+        ("bms", 40, 133, LOWEST),
+        ("s", 17, 64, LOWEST),
+        ("bhms", 5, 70, -1e4),
+        ("bhms", 3, 133, LOWEST),
+        ("bs", 1, 70, -np.inf),
+    ],
+)
+@settings(max_examples=12, deadline=None)
+@given(kind=KINDS, seed=st.integers(0, 99))
+@example(kind="random", seed=0)
+@example(kind="nothing", seed=0)
+def test_bits_are_what_they_stand_for(mask: str, queries: int, keys: int, hidden: float, kind: str, seed: int) -> None:
+    shape, lengths = replace(BASE, mask=mask), (2, queries, keys)
+    floats, bits = (Case(one, 2, queries, keys) for one in (shape, replace(shape, hidden=hidden)))
+    assert floats.mask is not None
+    seen = seen_by(kind, list(floats.mask.shape), seed)
+    floats.mask = bits.mask = added(seen, hidden)
+    before = bits.run("native", lengths)
+    np.testing.assert_array_equal(before, floats.run("native", lengths))
+    sees = np.broadcast_to(seen, (2, BASE.heads, queries, keys))
+    if hidden == -np.inf:
+        assert not before[~sees.any(-1)].any()
+    if hidden < -1e30:
+        # Of a query that sees nothing all is hidden by the same number, and all counts; infinity hides it even so.
+        key = seed % keys
+        blind = ~sees[..., key] & (sees.any(-1) | (hidden == -np.inf))
+        bits.k[:, :, key], bits.v[:, :, key] = 1e30, -1e30
+        np.testing.assert_array_equal(bits.run("native", lengths)[blind], before[blind])
+
+
+def test_any_lengths() -> None:
+    """From one function, around the borders of tiles and words."""
+    for queries, keys in ((1, 1), (2, 64), (4, 65), (5, 63), (16, 128), (17, 7), (33, 200)):
+        case = Case(replace(BASE, mask="bms", hidden=-np.inf), 2, queries, keys)
+        case.mask = added(seen_by("random", [2, 1, queries, keys], queries), -np.inf)
+        case.check("native")
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+def test_tiers(tier: str, queries: int) -> None:
+    case = Case(replace(BASE, hidden=LOWEST), 2, queries, 70)
+    case.mask = added(seen_by("window", [1, 1, queries, 70], 1), LOWEST)
+    case.check(tier, (2, queries, 70))
+
+
+@pytest.mark.parametrize(("queries", "past", "new"), [(1, 67, 1), (21, 5, 21)])
+def test_joined(queries: int, past: int, new: int) -> None:
+    case = Case(replace(BASE, joined=True, hidden=LOWEST), 2, queries, past + new)
+    case.mask = added(seen_by("padded", [1, 1, queries, past + new], 3), LOWEST)
+    check_joined(case, "native", past, (2, queries, past, new))
+
+
+@cache
+def packer(tier: str, extents: tuple[int | None, ...]) -> Any:
+    target = tvm.target.Target(resolve(tier).tvm)
+    return tvm.compile(tvm.IRModule({"main": pack_function(extents).with_attr("global_symbol", "main")}), target)
+
+
+@pytest.mark.parametrize("tier", ["native", "x86-64-v2"])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 3), keys=st.integers(1, 200), seed=st.integers(0, 9))
+def test_a_mask_of_booleans_is_packed(tier: str, rows: int, keys: int, seed: int) -> None:
+    seen = np.random.default_rng(seed).random((2, 1, rows, keys)) < 0.5
+    words = tvm.runtime.tensor(np.full((2, 1, rows, -(-keys // 64)), -7, np.int64))
+    packer(tier, (None, 1, None, None))["main"](tvm.runtime.tensor(seen), words)
+    np.testing.assert_array_equal(words.numpy(), pack_mask(seen))
+
+
+def test_packed_bits_are_keys() -> None:
+    seen = np.zeros((2, 1, 1, 130), bool)
+    seen[1, 0, 0, [0, 63, 64, 129]] = True
+    words = pack_mask(seen)
+    assert words.shape == (2, 1, 1, 3)
+    assert words[1].tolist() == [[[1 - 2**63, 1, 2]]]
+    assert not words[0].any()
