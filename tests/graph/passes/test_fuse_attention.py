@@ -88,7 +88,9 @@ def test_spellings(spelling: Any) -> None:
         mixed = emit(R.matmul(weights, heads(emit, v, HEADS, [0, 2, 1, 3])))
         return [joined(emit, mixed, *q.ty.shape.values[:2])]
 
-    fused = Fused({**FLAT, "mask": ("b", 1, 1, "s")}, build)
+    # Known lengths compile faster than open ones, which other tests have.
+    known = {name: (B, L if name == "q" else L + 2, HEADS * SIZE) for name in FLAT}
+    fused = Fused({**known, "mask": (B, 1, 1, L + 2)}, build)
     assert "matmul" not in operators(fused.module)
     assert "permute_dims" not in operators(fused.module)
     (shape,) = fused.shapes
@@ -99,6 +101,85 @@ def test_spellings(spelling: Any) -> None:
     mask[1, ..., 7:] = -np.inf
     (got,) = fused.run(q, k, v, mask)
     np.testing.assert_allclose(got, expected(q, k, v, HEADS, mask), atol=1e-5)
+
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def shown(emit: Emit, mask: relax.Expr) -> relax.Expr:
+    return emit(R.greater(mask, relax.const(-1.0, "float32")))
+
+
+def added_where(emit: Emit, s: relax.Expr, mask: relax.Expr) -> relax.Expr:
+    hidden = emit(R.where(shown(emit, mask), relax.const(0.0, "float32"), relax.const(LOWEST, "float32")))
+    return emit(R.add(s, hidden))
+
+
+def added_where_not(emit: Emit, s: relax.Expr, mask: relax.Expr) -> relax.Expr:
+    hidden = emit(R.logical_not(shown(emit, mask)))
+    hidden = emit(R.where(hidden, relax.const(-1e4, "float32"), relax.const(0.0, "float32")))
+    return emit(R.add(emit(R.reshape(hidden, mask.ty.shape)), s))
+
+
+def added_twice(emit: Emit, s: relax.Expr, mask: relax.Expr) -> relax.Expr:
+    length, keys = s.ty.shape.values[2:]
+    below = emit(R.tril(emit(R.ones((length, keys), "bool"))))
+    nothing, hidden = relax.const(0.0, "float32"), relax.const(-np.inf, "float32")
+    for seen in (shown(emit, mask), below):
+        s = emit(R.add(s, emit(R.where(seen, nothing, hidden))))
+    return s
+
+
+def added_as_two_numbers(emit: Emit, s: relax.Expr, mask: relax.Expr) -> relax.Expr:
+    return added_where_not(emit, added_where(emit, s, mask), mask)
+
+
+def given_as_it_is(emit: Emit, s: relax.Expr, mask: relax.Expr) -> relax.Expr:
+    return emit(R.add(s, mask))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "hidden", "axes"),
+    [
+        (chosen, -np.inf, "bs"),
+        (added_where, LOWEST, "bs"),
+        (added_where_not, -1e4, "bs"),
+        (added_twice, -np.inf, "bms"),
+        (added_as_two_numbers, None, "bs"),
+        (given_as_it_is, None, "bs"),
+    ],
+)
+def test_masks_that_only_hide_are_bits(spelling: Any, hidden: float | None, axes: str) -> None:
+    """Packed once for all attentions."""
+
+    def build(emit, q, k, v, mask):  # type: ignore[no-untyped-def]
+        for _ in range(2):
+            scores = emit(R.matmul(q, emit(R.permute_dims(k, [0, 1, 3, 2]))))
+            q = emit(R.matmul(emit(R.nn.softmax(spelling(emit, scores, mask), -1)), v))
+        return [q]
+
+    shape = ("b", 2, "l", SIZE)
+    fused = Fused({"q": shape, "k": shape, "v": shape, "mask": ("b", 1, 1, "l")}, build)
+    (found,) = fused.shapes
+    assert (found.hidden, found.mask) == (hidden, axes)
+    lowered = operators(lower_graph_ops(fused.module))
+    assert lowered.count("attention") == 2
+    assert lowered.count("pack_mask") == (hidden is not None)
+
+
+def test_bits_of_two_masks() -> None:
+    def build(emit, q, k, v, mask):  # type: ignore[no-untyped-def]
+        scores = emit(R.matmul(q, emit(R.permute_dims(k, [0, 1, 3, 2]))))
+        return [emit(R.matmul(emit(R.nn.softmax(added_twice(emit, scores, mask), -1)), v))]
+
+    shape = (B, 2, 70, SIZE)
+    fused = Fused({"q": shape, "k": shape, "v": shape, "mask": (B, 1, 1, 70)}, build)
+    q, k, v = (random(*shape, seed=seed) for seed in range(3))
+    mask = np.where(np.arange(70) < np.array([9, 0]).reshape(B, 1, 1, 1), np.float32(-np.inf), np.float32(0))
+    both = mask + np.where(np.tri(70, dtype=bool), np.float32(0), np.float32(-np.inf))
+    (got,) = fused.run(q, k, v, mask)
+    np.testing.assert_allclose(got, reference_attention(q, k, v, 1.0, both), atol=1e-5)
+    assert not got[0, :, :9].any()
 
 
 def repeated_by_broadcast(emit: Emit, x: relax.Expr) -> relax.Expr:
