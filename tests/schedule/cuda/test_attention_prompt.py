@@ -11,8 +11,9 @@ import pytest
 
 from tests.cuda_emulator import Out, Worker
 from tests.schedule.cpu.graphs import EPSILON, normal
-from tvm_ternary.kernels.attention import Attention, reference_attention
+from tvm_ternary.kernels.attention import Attention, pack_mask, reference_attention
 from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
+from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask as mask_bits
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25)
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -37,6 +38,7 @@ class Case:
         self.shape, self.kind, self.mask = shape, kind, mask
         sizes = ((shape.heads, queries, shape.size), (shape.kv_heads, keys, shape.size))
         extents = (*sizes, (shape.kv_heads, keys, shape.value_size))
+        words = [] if mask is None else [mask if shape.hidden is None else pack_mask(mask == 0)]
         self.operands = operands or [normal(7 + n, batch, *extent) for n, extent in enumerate(extents)]
         if causal:
             self.mask = np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, -np.inf)
@@ -45,7 +47,7 @@ class Case:
         layouts = (shape.query, shape.key, shape.value)
         arrays = [laid(x, layout) for x, layout in zip(self.operands, layouts, strict=True)]
         function = attention_prompt(shape, lengths, causal=causal, kind=kind)
-        gpu.run(function, *arrays, *([] if mask is None else [mask]), Out(held))
+        gpu.run(function, *arrays, *words, Out(held))
         self.result = held.transpose([shape.out.index(axis) for axis in "bhld"])
 
     def check(self) -> None:
@@ -107,6 +109,46 @@ def test_masks_layouts_and_whole_sizes(gpu: Worker) -> None:
     case = Case(gpu, replace(shape, mask="bms"), (2, 5, 66), mask=mask)
     case.check()
     assert not case.result[1, :, 2].any()
+
+
+@pytest.mark.parametrize("hidden", [-np.inf, float(np.finfo(np.float32).min), -1e4])
+def test_masks_of_bits(gpu: Worker, hidden: float) -> None:
+    """Blocks that all queries of a thread block must not see are not read, but where one of them sees nothing."""
+    queries, keys, infinity = 150, 330, np.float32(np.inf)
+    seen = np.random.default_rng(4).random((2, 1, queries, keys)) < 0.7
+    seen[:, :, :, 64:128] = False
+    seen[0, :, :, 192:256] = False
+    seen[0, :, :128, 320:] = False
+    mask = np.where(seen, 0, -infinity).astype(np.float32)
+    shape = replace(SHAPE, heads=2, kv_heads=1, mask="bms", hidden=hidden)
+    operands = [normal(n, 2, *extent) for n, extent in enumerate(((2, queries, 20), (1, keys, 20), (1, keys, 12)))]
+    unread = [x.copy() for x in operands]
+    if hidden < -1e30:
+        for x in unread[1:]:
+            x[:, :, 64:128] = np.nan
+    case = Case(gpu, shape, (2, queries, keys), mask=mask, operands=unread, kind="float16")
+    case.operands = operands
+    case.check()
+    # A query of the second thread block that sees no key.
+    mask[1, 0, 140] = -infinity
+    case = Case(gpu, shape, (2, queries, keys), mask=mask, operands=operands, kind="float16")
+    if hidden == -np.inf:
+        assert not case.result[1, :, 140].any()
+    elif hidden < -1e30:
+        mean = rounded(operands[2][1, 0], "float16").mean(0)
+        np.testing.assert_allclose(case.result[1, :, 140], np.stack([mean, mean]), atol=1e-3)
+    else:
+        return
+    case.result[1, :, 140] = 0
+    case.check()
+
+
+@pytest.mark.parametrize("extents", [(2, 1, 3, 130), (1, 2, 1, 64), (1, 1, 5, 7)])
+def test_a_mask_becomes_bits(gpu: Worker, extents: tuple[int, int, int, int]) -> None:
+    seen = np.random.default_rng(6).random(extents) < 0.5
+    words = np.full((*extents[:-1], -(-extents[-1] // 64)), -1, np.int64)
+    gpu.run(mask_bits(extents), np.where(seen, 0, -1e9).astype(np.float32), Out(words))
+    np.testing.assert_array_equal(words, pack_mask(seen))
 
 
 def test_hidden_keys_and_values_move_no_bit(gpu: Worker) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.cuda_emulator import Out, Worker
 from tests.schedule.cpu.graphs import normal
 from tests.schedule.cuda.test_attention_prompt import SHAPE, UNITS, check, laid, rounded
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import Attention, pack_mask
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, pack, quantize_block
 from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
 
@@ -66,7 +66,8 @@ class Whole:
         held = laid(out, shape.out)
         function = attention_prompt(shape, lengths, causal=hidden, kind=kind, planes=planes, window=window)
         arrays = [laid(self.q, shape.query), *packed, laid(floats, shape.key), laid(self.v, shape.value)]
-        gpu.run(function, *arrays, *([] if mask is None else [mask]), Out(held))
+        masks = [] if mask is None else [mask if shape.hidden is None else pack_mask(mask == 0)]
+        gpu.run(function, *arrays, *masks, Out(held))
         self.result = held.transpose([shape.out.index(axis) for axis in "bhld"])
 
     def check(self) -> None:
@@ -90,6 +91,13 @@ def test_sizes_windows_layouts_and_masks(gpu: Worker) -> None:
     mask[0, ..., 50:] = -np.inf
     Whole(gpu, replace(SHAPE, size=96, heads=1, kv_heads=1, mask="bs"), 3, (2, 3, 70), mask=mask).check()
     Whole(gpu, SHAPE, 2, (1, 3, 70), window=64).check()
+
+
+def test_blocks_that_a_mask_hides(gpu: Worker) -> None:
+    """Of packed ones and of those in float: every other one, or the first ones."""
+    mask = np.zeros((2, 1, 1, 450), np.float32)
+    mask[0, ..., 64:128] = mask[0, ..., 192:256] = mask[0, ..., 384:448] = mask[1, ..., :200] = -np.inf
+    Whole(gpu, replace(SHAPE, mask="bs", hidden=-np.inf), 2, (2, 5, 450), window=128, mask=mask).check()
 
 
 class Cached:

@@ -20,6 +20,7 @@ from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
 from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
+from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.schedule.cuda.cut import Cut
 from tvm_ternary.schedule.cuda.matmul import matmul_function
@@ -66,8 +67,10 @@ def attention_functions() -> dict[str, tirx.PrimFunc]:
             functions[f"prompt_{name}_keys{planes}"] = function
         function = attention_prompt_cached(shape, (2, 2), (1, 512, 511, 128))
         functions[f"prompt_{name}_cached2"] = function
-    masked = attention_prompt(replace(shape, mask="bms"), lengths, kind="float16")
-    functions[f"prompt_{name}_masked"] = masked
+        bits = replace(shape, mask="bms", hidden=-3e38)
+        functions[f"prompt_{name}_bits"] = attention_prompt(bits, lengths, kind="float16", planes=2)
+    functions[f"prompt_{name}_masked"] = attention_prompt(replace(shape, mask="bms"), lengths, kind="float16")
+    functions["pack_mask"] = pack_mask((1, 1, 4096, 4096))
     return functions
 
 

@@ -107,6 +107,10 @@ put_words = Device(
     "  *(uint4*)((char*)shared + offset) = make_uint4(a, b, c, d);",
 )
 
+put_byte = Device(
+    "tt_put_byte", "void* shared, int offset, int value", "  ((unsigned char*)shared)[offset] = (unsigned char)value;"
+)
+
 _QUADS = {
     1: "one & 0x03030303u, (one >> 2) & 0x03030303u",
     2: "pair & 0x0f0f0f0fu, (pair >> 4) & 0x0f0f0f0fu",

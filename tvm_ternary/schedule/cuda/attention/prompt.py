@@ -27,10 +27,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import WORD, Attention
 from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.kernels.ternary_keys import BLOCK
-from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_sizes
+from tvm_ternary.schedule.cuda.attention.plan import SHARED_BYTES, array, at_once, check_sizes
 from tvm_ternary.schedule.cuda.attention.prompt_keys import Cached, Keys, Whole
 from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, KINDS, LARGEST, ROWS, Prompt
 from tvm_ternary.schedule.cuda.attention.prompt_round import round_keys_and_values
@@ -38,6 +38,9 @@ from tvm_ternary.schedule.cuda.attention.prompt_rows import Rows
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, root_block
 
 Expr = Any
+
+MOST_MASKED = 1 << 18
+"""Keys under a mask of bits, of which a thread block keeps eight bytes for 64."""
 
 
 def attention_prompt(
@@ -115,6 +118,7 @@ def is_covered(shape: Attention, lengths: tuple[int | None, ...]) -> bool:
         and not any(size % 4 for size in sizes)
         and all(layout[-1] == "d" for layout in layouts)
         and max(rows, masked) < 2**31
+        and (shape.hidden is None or keys <= MOST_MASKED)
     )
 
 
@@ -175,7 +179,10 @@ def _prompt(source: Keys, queries: int, causal: bool, kind: str) -> Prompt:
         raise ValueError(f"attention in {kind}; on a GPU expected one of {', '.join(KINDS)}")
     if shape.joined:
         raise ValueError("keys in two parts; on a GPU they are one array")
-    return Prompt(shape, source.batch, queries, causal, KINDS[kind], source.planes, source.floats)
+    prompt = Prompt(shape, source.batch, queries, causal, KINDS[kind], source.planes, source.floats, source.most)
+    if prompt.shared_bytes > SHARED_BYTES:
+        raise ValueError(f"{source.most} keys under a mask of bits; on a GPU expected fewer")
+    return prompt
 
 
 def _function(name: str, prompt: Prompt, source: Keys, *, rounds: bool = True, attends: bool = True) -> tirx.PrimFunc:
@@ -198,7 +205,10 @@ def _function(name: str, prompt: Prompt, source: Keys, *, rounds: bool = True, a
             b |= {name: array(name, extents, "uint32") for name, extents in _rounded_extents(prompt).items()}
         if attends and shape.mask:
             extents = {"b": prompt.batch, "h": shape.heads, "m": prompt.queries, "s": source.most}
-            b["mask"] = array("mask", [extents[axis] if axis in shape.mask else 1 for axis in "bhms"])
+            if shape.hidden is not None:
+                extents["s"] = ceil_div(source.most, WORD)
+            dtype = "float32" if shape.hidden is None else "int64"
+            b["mask"] = array("mask", [extents[axis] if axis in shape.mask else 1 for axis in "bhms"], dtype)
         if attends:
             b["out"] = laid("out", shape.out, shape.value_size)
         with root_block():

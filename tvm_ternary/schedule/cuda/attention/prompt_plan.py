@@ -139,6 +139,8 @@ class Prompt:
         Of packed keys and values; 0 where there are none.
     floats : (int, int)
         The most keys and values that are read in float.
+    most : int
+        Keys that there may be.
     """
 
     shape: Attention
@@ -148,6 +150,7 @@ class Prompt:
     kind: Kind
     planes: tuple[int, int]
     floats: tuple[int, int]
+    most: int
 
     @property
     def warps(self) -> int:
@@ -180,5 +183,11 @@ class Prompt:
         return ceil_div(self.floats[0 if matrix.is_key else 1], KEYS)
 
     @property
-    def shared_bytes(self) -> int:
+    def flags_at(self) -> int:
+        """Where warps say which blocks they see, a byte a warp and block, by a mask of bits."""
         return self.value.end
+
+    @property
+    def shared_bytes(self) -> int:
+        flags = self.warps * (ceil_div(self.most, KEYS) + 1) if self.shape.hidden is not None else 0
+        return self.flags_at + flags

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.attention import device as own
 from tvm_ternary.schedule.cuda.attention.plan import placed
 from tvm_ternary.schedule.cuda.attention.prompt_keys import Keys
+from tvm_ternary.schedule.cuda.attention.prompt_mask import InOrder, SeenAlone, Turn
 from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, PAIRS, ROWS, Prompt
 from tvm_ternary.schedule.cuda.attention.prompt_tiles import Tile
 from tvm_ternary.schedule.cuda.attention.warp import NOTHING, OVER_T, add, const, fold, local
@@ -19,6 +21,7 @@ from tvm_ternary.schedule.cuda.places import unrolled
 
 Expr = Any
 LOG2E = math.log2(math.e)
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 class Rows:
@@ -44,27 +47,30 @@ class Rows:
         self.keys, self.values = (
             Tile(prompt, matrix, self.b, self.shared, where, packed) for matrix in (prompt.key, prompt.value)
         )
+        self.order: InOrder | SeenAlone = InOrder(self._blocks())
+        if self.shape.hidden is not None:
+            place = self.batch, self.head, self.first, thread
+            self.order = SeenAlone(prompt, self.b["mask"], self.shared, place, self.order.blocks)
 
     def write(self) -> None:
-        """All keys."""
-        prompt = self.prompt
-        blocks = self._blocks()
+        """All keys that are seen."""
+        prompt, order = self.prompt, self.order
         if any(prompt.planes):
             for tile in (self.keys, self.values):
-                tile.stage(0, blocks)
+                tile.stage(order.first[0], order.blocks, 0)
             T.evaluate(device.commit_copies())
             T.evaluate(device.wait_copies(0)())
             T.evaluate(T.tvm_storage_sync("shared"))
         for tile in (self.keys, self.values):
-            self._prepare(tile, 0, blocks)
+            self._prepare(tile, (*order.first, 0))
         self._fetch_queries()
         with unrolled(4 * prompt.columns) as i:
             T.buffer_store(self.o, const(0.0), [i])
         for half in range(2):
             T.buffer_store(self.m, const(NOTHING), [half])
             T.buffer_store(self.l, const(0.0), [half])
-        with T.serial(0, blocks) as i:
-            self._block(i, blocks)
+        with order.each() as turn:
+            self._block(turn)
         T.evaluate(device.wait_copies(0)())
         self._store()
 
@@ -76,11 +82,11 @@ class Rows:
             last = T.max(last, 0)
         return (last + (KEYS - 1)) // KEYS
 
-    @staticmethod
-    def _prepare(tile: Tile, block: Expr, blocks: Expr) -> None:
-        """Make a block before the end ready, or begin to; and the one behind it, if it is packed."""
-        tile.fill(block, blocks)
-        tile.stage(block + 1, blocks)
+    def _prepare(self, tile: Tile, coming: tuple[Expr, Expr, Expr]) -> None:
+        """Make a block before the end ready for a turn, or begin to; and the one behind it, if it is packed."""
+        block, after, turn = coming
+        tile.fill(block, self.order.blocks, turn)
+        tile.stage(after, self.order.blocks, turn + 1)
         T.evaluate(device.commit_copies())
 
     def _fetch_queries(self) -> None:
@@ -99,17 +105,19 @@ class Rows:
                 word = pack(four[i], four[i + 2])
                 T.buffer_store(self.q, word, [(s * 2 + quad) * 4 + 2 * i + half])
 
-    def _block(self, block: Expr, blocks: Expr) -> None:
+    def _block(self, turn: Turn) -> None:
+        block, *coming, number = turn
+        coming = *coming, number + 1
         self._arrived()
         self._multiply_keys()
         T.evaluate(T.tvm_storage_sync("shared"))
-        self._prepare(self.keys, block + 1, blocks)
+        self._prepare(self.keys, coming)
         self._mask(block)
         self._softmax()
         self._arrived()
         self._multiply_values()
         T.evaluate(T.tvm_storage_sync("shared"))
-        self._prepare(self.values, block + 1, blocks)
+        self._prepare(self.values, coming)
 
     @staticmethod
     def _arrived() -> None:
@@ -131,24 +139,40 @@ class Rows:
                 T.evaluate(multiply(at(self.scores, 4 * (4 * n + j)), *left, words[2 * half], words[2 * half + 1]))
 
     def _mask(self, block: Expr) -> None:
-        """Scores in powers of two, or with a mask of e; minus infinity where a row must not look, or is no key."""
+        """Scores in powers of two, or with a mask of floats of e; minus infinity where there is no key."""
         prompt = self.prompt
-        scale = self.shape.scale if self.shape.mask else self.shape.scale * LOG2E
+        floats = bool(self.shape.mask) and self.shape.hidden is None
         visible = local(2, "int32")
         for half in range(2):
             limit = self.total
             if prompt.causal:
                 limit = T.min(self.row + (8 * half + 1 - prompt.queries) + limit, limit)
             T.buffer_store(visible, limit - block * KEYS, [half])
+        bits = self._bits(block) if isinstance(self.order, SeenAlone) else None
         with unrolled(KEYS // 32) as n, unrolled(4) as j, unrolled(4) as c:
             key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
             place = 4 * (4 * n + j) + c
-            score = self.scores[place] * const(scale)
-            if self.shape.mask:
+            score = self.scores[place] * const(self.shape.scale * (1.0 if floats else LOG2E))
+            if floats:
                 # Added before anything else is done, so that what an importer's mask swallows is what its sum would.
                 row = T.min(self.row + 8 * half, prompt.queries - 1)
                 score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
+            if bits is not None:
+                bit = T.bitwise_and(bits[2 * half + n], T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2)))
+                added = const(max(self.shape.hidden * LOG2E, _LOWEST if self.shape.hidden > NOTHING else NOTHING))
+                score = T.Select(bit != T.uint32(0), score, score + added)
             T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
+
+    def _bits(self, block: Expr) -> Expr:
+        """Of both rows, and both halves of the block, the mask of keys from this thread's first one on."""
+        assert isinstance(self.order, SeenAlone)
+        found, shift = local(4, "uint32"), T.Cast("uint32", 8 * self.t)
+        for half in range(2):
+            word = T.Cast("uint64", self.order.word(self.row + 8 * half, block))
+            for n in range(2):
+                part = T.Cast("uint32", T.shift_right(word, T.uint64(32 * n)))
+                T.buffer_store(found, T.shift_right(part, shift), [2 * half + n])
+        return found
 
     def _mask_at(self, row: Expr, key: Expr) -> Expr:
         where = {"b": self.batch, "h": self.head, "m": row, "s": key}
@@ -176,7 +200,8 @@ class Rows:
             T.buffer_store(self.o, self.o[4 * n + c] * self.fade[c // 2], [4 * n + c])
 
     def _power(self, score: Expr) -> Expr:
-        return own.exp2(score * const(LOG2E) if self.shape.mask else score)
+        floats = self.shape.mask and self.shape.hidden is None
+        return own.exp2(score * const(LOG2E) if floats else score)
 
     def _multiply_values(self) -> None:
         matrix, kind = self.prompt.value, self.prompt.kind

@@ -57,12 +57,12 @@ class Tile:
         self._b, self._shared, self._packed = buffers, shared, packed
         self._batch, self._kv, self._thread = where
 
-    def stage(self, block: Expr, end: Expr) -> None:
-        """Begin to copy a block's words and scales, if it is a packed one before the end."""
+    def stage(self, block: Expr, end: Expr, turn: Expr) -> None:
+        """Begin to copy a block's words and scales, for a turn, if it is a packed one before the end."""
         matrix = self._matrix
         if not matrix.planes:
             return
-        place = matrix.packed_at + block % 2 * matrix.packed_bytes
+        place = matrix.packed_at + turn % 2 * matrix.packed_bytes
         with T.If(block < T.min(self._packed, end)), T.Then():
             for number, field in enumerate(matrix.fields):
                 words, to = matrix.words(field), place + matrix.words_at(number)
@@ -79,17 +79,17 @@ class Tile:
                 # What a word has behind the end stands for less than nothing.
                 self._copy(to + piece * 16, source, T.Select(piece * 4 < terms, 16, 0))
 
-    def fill(self, block: Expr, end: Expr) -> None:
-        """Decode a block before the end, or begin to copy it."""
+    def fill(self, block: Expr, end: Expr, turn: Expr) -> None:
+        """Decode a block before the end, which was staged for that turn, or begin to copy it."""
         with T.If(block < end), T.Then():
             if not self._matrix.planes:
                 self._copy_floats(block)
             elif not self._floats:
-                self._decode(block)
+                self._decode(turn)
             else:
                 with T.If(block < self._packed):
                     with T.Then():
-                        self._decode(block)
+                        self._decode(turn)
                     with T.Else():
                         self._copy_floats(block - self._packed)
 
@@ -108,9 +108,9 @@ class Tile:
             source = at(self._b[f"{matrix.name}s"], self._batch, self._kv, *place)
             self._copy(matrix.start + row * matrix.row + piece * 16, source, 16)
 
-    def _decode(self, block: Expr) -> None:
+    def _decode(self, turn: Expr) -> None:
         matrix, pack = self._matrix, self._kind.pack
-        place = matrix.packed_at + block % 2 * matrix.packed_bytes
+        place = matrix.packed_at + turn % 2 * matrix.packed_bytes
         scale, scales = local(8), local(4, "uint32")
         words = [local(4, "uint32") for _ in matrix.fields]
         made = local(4, "uint32")

@@ -1,0 +1,188 @@
+"""A mask of bits on a GPU: packed by one function, and which blocks of keys a thread block of a prompt goes through.
+
+A word is a query's mask of a block of 64 keys. Before anything else each warp looks at those of its sixteen queries,
+and says in a byte of shared memory for each block whether one of them sees a key of it. Blocks that none of a thread
+block's queries sees are then passed over: their keys and values are not even copied.
+
+Where what hides a key is finite, as exporters have it, a query that sees no key at all gives the mean of its values. So
+nothing is passed over by a thread block that has such a query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tvm_ternary.kernels.attention import WORD
+from tvm_ternary.kernels.shape import ceil_div
+from tvm_ternary.schedule.cuda import device
+from tvm_ternary.schedule.cuda.attention import device as own
+from tvm_ternary.schedule.cuda.attention.plan import array
+from tvm_ternary.schedule.cuda.attention.prompt_plan import ROWS, Prompt
+from tvm_ternary.schedule.cuda.attention.warp import const, local
+from tvm_ternary.schedule.cuda.matmul import SCHEDULED, root_block
+
+Expr = Any
+Turn = tuple[Expr, Expr, Expr, Expr]
+"""A block, the one after it, the one after that, and how many there were before."""
+
+HIDDEN = -1e30
+"""What is added from here down leaves nothing of a score: beside any that is seen its weight is 0."""
+THREADS = 128
+
+
+def pack_mask(extents: tuple[int, int, int, int]) -> tirx.PrimFunc:
+    """The scheduled function ``(mask, words)``: bits of a mask of floats that hides keys and adds nothing else.
+
+    Parameters
+    ----------
+    extents : tuple of int
+        Of batch, heads, queries and keys.
+
+    Returns
+    -------
+    PrimFunc
+        ``words`` as `kernels.attention.pack_mask` gives them of ``mask == 0``.
+    """
+    *outer, keys = extents
+    words = ceil_div(keys, WORD)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("pack_mask")
+        T.func_attr({"tirx.noalias": True, SCHEDULED: 1})
+        mask, packed = array("mask", extents), array("words", (*outer, words), "int64")
+        count = math.prod(outer) * words
+        with (
+            root_block(),
+            T.launch_thread("blockIdx.x", ceil_div(count, THREADS // 32)) as x,
+            T.launch_thread("threadIdx.x", THREADS) as thread,
+        ):
+            # All threads of a warp have one word.
+            index, lane, bits = x * (THREADS // 32) + thread // 32, thread % 32, local(2, "uint32")
+            with T.If(index < count), T.Then():
+                where, rest = [index % words], index // words
+                for extent in reversed(outer):
+                    where, rest = [rest % extent, *where], rest // extent
+                for half in range(2):
+                    key, seen = where[-1] * WORD + 32 * half + lane, local(1, "int32")
+                    T.buffer_store(seen, T.int32(0), [0])
+                    with T.If(key < keys), T.Then():
+                        T.buffer_store(seen, T.Cast("int32", mask[(*where[:-1], key)] == const(0.0)), [0])
+                    T.buffer_store(bits, device.ballot(seen[0]), [half])
+                with T.If(lane == 0), T.Then():
+                    high = T.shift_left(T.Cast("int64", bits[1]), T.int64(32))
+                    T.buffer_store(packed, T.bitwise_or(high, T.Cast("int64", bits[0])), where)
+    return builder.get()
+
+
+class InOrder:
+    """All blocks, one after another.
+
+    Parameters
+    ----------
+    blocks : Expr
+        Their number.
+    """
+
+    def __init__(self, blocks: Expr) -> None:
+        self.blocks = blocks
+        self.first: tuple[Expr, Expr] = (0, 1)
+
+    @contextmanager
+    def each(self) -> Iterator[Turn]:
+        with T.serial(0, self.blocks) as i:
+            yield i, i + 1, i + 2, i
+
+
+class SeenAlone:
+    """The blocks of which a query sees a key.
+
+    Parameters
+    ----------
+    prompt : Prompt
+    words : Buffer
+        The mask.
+    shared : Buffer
+    place : tuple of Expr
+        Sequence, head, the first of the thread block's queries, and the thread.
+    blocks : Expr
+        The number of blocks.
+    """
+
+    def __init__(self, prompt: Prompt, words: Expr, shared: Expr, place: tuple[Expr, ...], blocks: Expr) -> None:
+        self._prompt, self._words, self._shared, self.blocks = prompt, words, shared, blocks
+        self._batch, self._head, self._first, self._thread = place
+        # The block, the one after it, the one after that, turns.
+        self._state = local(4, "int32")
+        self._look()
+        T.evaluate(T.tvm_storage_sync("shared"))
+        self._find(0, 0)
+        self._find(1, self._state[0] + 1)
+        T.buffer_store(self._state, T.int32(0), [3])
+        self.first: tuple[Expr, Expr] = (self._state[0], self._state[1])
+
+    @contextmanager
+    def each(self) -> Iterator[Turn]:
+        state = self._state
+        with T.While(state[0] < self.blocks):
+            self._find(2, state[1] + 1)
+            yield state[0], state[1], state[2], state[3]
+            for n, value in ((0, state[1]), (1, state[2]), (3, state[3] + 1)):
+                T.buffer_store(state, value, [n])
+
+    def word(self, row: Expr, block: Expr) -> Expr:
+        """A query's bits of a block."""
+        where = {"b": self._batch, "h": self._head, "m": T.min(row, self._prompt.queries - 1), "s": block}
+        return self._words[tuple(where[axis] if axis in self._prompt.shape.mask else 0 for axis in "bhms")]
+
+    def _byte(self, block: Expr) -> Expr:
+        """Where what warps say of a block begins; of block -1, whether nothing may be passed over."""
+        return self._prompt.flags_at + (block + 1) * self._prompt.warps
+
+    def _look(self) -> None:
+        """Half of a warp has a block of its sixteen queries."""
+        lane, warp = self._thread % 32, self._thread // 32
+        row, half = self._first + warp * ROWS + lane % 16, lane // 16
+        seen, any_, said = local(1, "int32"), local(1, "int32"), local(1, "uint32")
+        T.buffer_store(any_, T.int32(0), [0])
+        with T.serial(0, (self.blocks + 1) // 2) as i:
+            block = 2 * i + half
+            T.buffer_store(seen, T.int32(0), [0])
+            with T.If(block < self.blocks), T.Then():
+                T.buffer_store(seen, T.Cast("int32", self.word(row, block) != T.int64(0)), [0])
+            T.buffer_store(any_, T.bitwise_or(any_[0], seen[0]), [0])
+            T.buffer_store(said, device.ballot(seen[0]), [0])
+            with T.If(T.And(lane % 16 == 0, block < self.blocks)), T.Then():
+                of_half = T.bitwise_and(T.shift_right(said[0], T.Cast("uint32", 16 * half)), T.uint32(0xFFFF))
+                there = T.Cast("int32", of_half != T.uint32(0))
+                T.evaluate(own.put_byte(self._shared.data, self._byte(block) + warp, there))
+        T.buffer_store(any_, T.bitwise_or(any_[0], device.exchange_int(any_[0], 16)), [0])
+        T.buffer_store(said, device.ballot(any_[0]), [0])
+        with T.If(lane == 0), T.Then():
+            hidden = self._prompt.shape.hidden
+            whole: Expr = T.int32(1)
+            if hidden is not None and hidden <= HIDDEN:
+                whole = T.int32(0)
+                if not math.isinf(hidden):
+                    whole = T.Cast("int32", said[0] != T.uint32(0xFFFFFFFF))
+            T.evaluate(own.put_byte(self._shared.data, self._byte(-1) + warp, whole))
+
+    def _find(self, n: int, start: Expr) -> None:
+        """The first block from one on that is seen, or the end."""
+        state = self._state
+        T.buffer_store(state, start, [n])
+        # The end has a byte, too, which is not looked at.
+        with T.While(T.And(state[n] < self.blocks, T.Not(self._is_seen(state[n])))):
+            T.buffer_store(state, state[n] + 1, [n])
+
+    def _is_seen(self, block: Expr) -> Expr:
+        said: Expr = T.uint32(0)
+        for of in (block, -1):
+            for four in range(0, self._prompt.warps, 4):
+                said = T.bitwise_or(said, device.get_word(self._shared.data, self._byte(of) + four))
+        return said != T.uint32(0)
