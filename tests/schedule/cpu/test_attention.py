@@ -44,6 +44,8 @@ class Case:
         extents = {"b": batch, "h": shape.heads, "m": queries, "s": keys}
         dims = [extents[axis] if axis in shape.mask else 1 for axis in "bhms"]
         self.mask = normal(seed + 3, *dims) if shape.mask else None
+        if shape.hidden is not None:
+            self.mask = np.where(normal(seed + 3, *dims) > 0, np.float32(0), np.float32(shape.hidden))
 
     @property
     def masks(self) -> list[np.ndarray]:
@@ -103,10 +105,10 @@ class Case:
         return np.asarray(relative * weighed)
 
 
-@pytest.mark.parametrize("mask", ["bs", "ms"])
-def test_lengths(tier: str, mask: str) -> None:
+@pytest.mark.parametrize(("mask", "hidden"), [("bms", -np.inf), ("ms", None)], ids=["bits", "floats"])
+def test_lengths(tier: str, mask: str, hidden: float | None) -> None:
     """Around the borders of vectors, tiles and blocks, all from one function."""
-    shape = replace(BASE, mask=mask)
+    shape = replace(BASE, mask=mask, hidden=hidden)
     for queries, keys in itertools.product((1, FEW, FEW + 1, 16, 17, 33), (1, 7, KEYS, KEYS + 1, 2 * KEYS + 5)):
         Case(shape, 2, queries, keys).check(tier)
 

@@ -76,21 +76,6 @@ def test_bits_are_what_they_stand_for(mask: str, queries: int, keys: int, hidden
         np.testing.assert_array_equal(bits.run("native", lengths)[blind], before[blind])
 
 
-def test_any_lengths() -> None:
-    """From one function, around the borders of tiles and words."""
-    for queries, keys in ((1, 1), (2, 64), (4, 65), (5, 63), (16, 128), (17, 7), (33, 200)):
-        case = Case(replace(BASE, mask="bms", hidden=-np.inf), 2, queries, keys)
-        case.mask = added(seen_by("random", [2, 1, queries, keys], queries), -np.inf)
-        case.check("native")
-
-
-@pytest.mark.parametrize("queries", [3, 20])
-def test_tiers(tier: str, queries: int) -> None:
-    case = Case(replace(BASE, hidden=LOWEST), 2, queries, 70)
-    case.mask = added(seen_by("window", [1, 1, queries, 70], 1), LOWEST)
-    case.check(tier, (2, queries, 70))
-
-
 @pytest.mark.parametrize(("queries", "past", "new"), [(1, 67, 1), (21, 5, 21)])
 def test_joined(queries: int, past: int, new: int) -> None:
     case = Case(replace(BASE, joined=True, hidden=LOWEST), 2, queries, past + new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
-from tvm_ternary.kernels.attention import Attention, reference_attention
+from tvm_ternary.kernels.attention import Attention, pack_mask, reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, quantize_block
 from tvm_ternary.runtime.kv_cache import CacheShape
 from tvm_ternary.schedule.cpu.attention.cached import cached_attention
@@ -131,7 +132,9 @@ class Layer:
         out = np.full((*q.shape[:-1], shape.value_size), np.nan, np.float32)
         layouts = (shape.query, shape.key, shape.value)
         given = [*(laid(x, layout) for x, layout in zip(tokens, layouts, strict=True))]
-        given += [*([] if mask is None else [mask]), np.array(past, np.int32)]
+        if mask is not None:
+            given.append(mask if shape.hidden is None else pack_mask(mask == 0))
+        given.append(np.array(past, np.int32))
         result = tvm.runtime.tensor(laid(out, shape.out))
         main = compiled(tier, shape, self.planes, self.rounded, lengths)
         main(*map(tvm.runtime.tensor, given), *self.state, result)
@@ -226,9 +229,9 @@ def mask_of(shown: np.ndarray, hide: float = -np.inf) -> np.ndarray:
 
 @pytest.mark.parametrize("window", [0, 64, 1024])
 def test_calls(tier: str, window: int) -> None:
-    """Prompts and steps, also of a cache in which nothing is ever packed."""
-    layer = Layer(window=window, batch=1)
-    lengths = UNKNOWN if tier == "avx2" else (1, None)
+    """Prompts and steps, also of a cache in which nothing is ever packed; masks of floats on one tier, else of bits."""
+    shape, lengths = (SHAPE, UNKNOWN) if tier == "avx2" else (replace(SHAPE, hidden=-np.inf), (1, None))
+    layer = Layer(shape, window=window, batch=1)
     for count in (1, 5, 64, 1, 200, 1, 1, 3, 70):
         layer.check(tier, layer.tokens(count), mask_of(seen(layer, count)), lengths=lengths)
 
@@ -244,6 +247,26 @@ def test_masks(hide: float) -> None:
         layer.check("avx2", layer.tokens(count), mask_of(seen(layer, count, window=40), hide))
         random = normal(count, 2, 1, count, max(layer.lengths) + count + 5)
         layer.check("avx2", layer.tokens(count), np.where(random > -1, random, np.float32(hide)))
+
+
+def test_bits_are_what_they_stand_for() -> None:
+    """To the bit, in prompts and steps."""
+    layers = Layer(), Layer(replace(SHAPE, hidden=FLOAT_LOWEST))
+
+    def call(count: int, **kind: Any) -> None:
+        tokens = layers[0].tokens(count)
+        mask = mask_of(seen(layers[0], count, **kind), FLOAT_LOWEST)
+        got = [layer.call("avx2", tokens, mask, layers[0].lengths) for layer in layers]
+        np.testing.assert_array_equal(got[1], got[0])
+        for part, x in zip(np.transpose(layers[0].sequences), tokens[1:], strict=True):
+            for b, sequence in enumerate(part):
+                sequence.append(x[b], layers[0].window)
+
+    call(300, padded=(70, 3))
+    for count in (1, 4, 21, 100):
+        call(count, padded=(1, 129))
+        call(count, window=40)
+    call(2, padded=(300, 600))
 
 
 CALLS = st.lists(
