@@ -1,8 +1,9 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
 1 ternarize   dimensions that inputs are multiples of are computed, tables become parameters as matrices are, the steps
-              of an unrolled loop are multiplied at once, attention becomes one call (on a CPU), inputs are transformed
-              for matrices that want it, planned matrices become calls to ternary kernels
+              of an unrolled loop are multiplied at once, attention becomes one call (on a GPU two, where activations
+              have 16 bits and lengths are known), inputs are transformed for matrices that want it, planned matrices
+              become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
               merged; on a GPU moves too
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,18 @@ from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.channels_last import channels_last
 from tvm_ternary.graph.passes.define_dimensions import define_dimensions
 from tvm_ternary.graph.passes.fuse_attention import fuse_attention
+from tvm_ternary.graph.passes.fuse_prompts import Halves, fuse_prompts
 from tvm_ternary.graph.passes.join_steps import join_steps
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.graph.passes.own_outputs import own_outputs
 from tvm_ternary.graph.passes.read_through import read_through
 from tvm_ternary.graph.passes.ternarize import TernaryLayer, TernaryModule, ternarize
 from tvm_ternary.graph.passes.transform_inputs import transform_inputs
+from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.schedule import cpu
 from tvm_ternary.schedule.cuda import graph as cuda
+from tvm_ternary.schedule.cuda.attention.prompt import attention_rounded, is_covered, round_operands
+from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
 
@@ -83,9 +88,13 @@ def lower(
     dump : callable
         Called with a phase's name and its result.
     """
-    module, params = lift_tables(define_dimensions(model.module), model.params, model.tables)
+    module, on_gpu = define_dimensions(model.module), target.kind == "cuda"
+    if on_gpu:
+        # A mask that is a table is known as long as it is a constant.
+        module = fuse_prompts(module, partial(_prompts, half_of(layers.values())), pack_mask)
+    module, params = lift_tables(module, model.params, model.tables)
     module = join_steps(module)
-    if target.kind != "cuda":
+    if not on_gpu:
         module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
     # Recurrences, which importers make, get their schedule with the rest.
     made = (name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False))
@@ -111,6 +120,21 @@ def lower(
     who = {name: sources[name] for name in sorted(dict(_functions(module)))}
     named = {tensor.data_ptr(): var.name for var, tensor in bound.items()}
     return LoweredModel(module, ternary, who, call_layers(module, named, {*ternary.matrices, *model.embeddings}))
+
+
+def half_of(layers: Iterable[TernaryLayer]) -> str | None:
+    """The 16 bits that activations of some layers are rounded to; of two kinds the one that has no limit."""
+    kinds = {"bfloat16" if layer.bfloat else "float16" for layer in layers if layer.activation_bits == 16}
+    return min(kinds, default=None)
+
+
+def _prompts(kind: str | None, shape: Attention, lengths: tuple[int | None, ...]) -> Halves | None:
+    """Attention on a GPU in 16 bits; where no layer has those, all stays float32."""
+    batch, queries, keys = lengths
+    if kind is None or batch is None or queries is None or keys is None or not is_covered(shape, lengths):
+        return None
+    known = batch, queries, keys
+    return *round_operands(shape, known, kind=kind), attention_rounded(shape, known, kind=kind)
 
 
 def _functions(module: tvm.IRModule) -> Iterator[tuple[str, tvm.tirx.PrimFunc]]:

@@ -106,8 +106,8 @@ class Rows:
                 T.buffer_store(self.q, word, [(s * 2 + quad) * 4 + 2 * i + half])
 
     def _block(self, turn: Turn) -> None:
-        block, *coming, number = turn
-        coming = *coming, number + 1
+        block, next_block, after, number = turn
+        coming = next_block, after, number + 1
         self._arrived()
         self._multiply_keys()
         T.evaluate(T.tvm_storage_sync("shared"))
@@ -159,9 +159,14 @@ class Rows:
                 score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
             if bits is not None:
                 bit = T.bitwise_and(bits[2 * half + n], T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2)))
-                added = const(max(self.shape.hidden * LOG2E, _LOWEST if self.shape.hidden > NOTHING else NOTHING))
-                score = T.Select(bit != T.uint32(0), score, score + added)
+                score = T.Select(bit != T.uint32(0), score, score + const(self._hidden()))
             T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
+
+    def _hidden(self) -> float:
+        """What bits that are 0 add, in powers of two; what is finite stays so."""
+        hidden = self.shape.hidden
+        assert hidden is not None
+        return hidden if math.isinf(hidden) else max(hidden * LOG2E, _LOWEST)
 
     def _bits(self, block: Expr) -> Expr:
         """Of both rows, and both halves of the block, the mask of keys from this thread's first one on."""
