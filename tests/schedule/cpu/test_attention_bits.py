@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
-import tvm
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.schedule.cpu.test_attention import BASE, Case, check_joined
-from tvm_ternary.kernels.attention import pack_mask
-from tvm_ternary.schedule.cpu.attention.pack_mask import pack_mask as pack_function
-from tvm_ternary.target import resolve
 
 LOWEST = float(np.finfo(np.float32).min)
 KINDS = st.sampled_from(["causal", "window", "padded", "random", "nothing", "everything"])
@@ -81,28 +75,3 @@ def test_joined(queries: int, past: int, new: int) -> None:
     case = Case(replace(BASE, joined=True, hidden=LOWEST), 2, queries, past + new)
     case.mask = added(seen_by("padded", [1, 1, queries, past + new], 3), LOWEST)
     check_joined(case, "native", past, (2, queries, past, new))
-
-
-@cache
-def packer(tier: str, extents: tuple[int | None, ...]) -> Any:
-    target = tvm.target.Target(resolve(tier).tvm)
-    return tvm.compile(tvm.IRModule({"main": pack_function(extents).with_attr("global_symbol", "main")}), target)
-
-
-@pytest.mark.parametrize("tier", ["native", "x86-64-v2"])
-@settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 3), keys=st.integers(1, 200), seed=st.integers(0, 9))
-def test_a_mask_of_booleans_is_packed(tier: str, rows: int, keys: int, seed: int) -> None:
-    seen = np.random.default_rng(seed).random((2, 1, rows, keys)) < 0.5
-    words = tvm.runtime.tensor(np.full((2, 1, rows, -(-keys // 64)), -7, np.int64))
-    packer(tier, (None, 1, None, None))["main"](tvm.runtime.tensor(seen), words)
-    np.testing.assert_array_equal(words.numpy(), pack_mask(seen))
-
-
-def test_packed_bits_are_keys() -> None:
-    seen = np.zeros((2, 1, 1, 130), bool)
-    seen[1, 0, 0, [0, 63, 64, 129]] = True
-    words = pack_mask(seen)
-    assert words.shape == (2, 1, 1, 3)
-    assert words[1].tolist() == [[[1 - 2**63, 1, 2]]]
-    assert not words[0].any()

@@ -28,10 +28,11 @@ from tvm import relax
 from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
+from tvm_ternary.graph.fuse import OP_PATTERN
 from tvm_ternary.graph.passes.dataflow import dims_of, with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
-from tvm_ternary.kernels.attention import WORD, Attention
-from tvm_ternary.schedule.cpu.attention.pack_mask import pack_mask
+from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.mask_words import INJECTIVE, NAME, mask_words
 
 Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
 """Gives the function of an attention for a batch and lengths: of queries and keys, or queries, past and new keys."""
@@ -154,9 +155,6 @@ def _seen(
 
 
 def _words(builder: relax.BlockBuilder, seen: relax.Expr, dims: list[Any]) -> relax.Expr:
-    """The bits of a boolean mask, by one function for all masks of the same known extents."""
+    """The bits of a boolean mask."""
     seen = builder.emit(R.reshape(seen, relax.ShapeExpr(dims)))
-    *outer, keys = dims
-    words = tvm.sym.Analyzer().simplify(tvm.tirx.floordiv(keys + (WORD - 1), as_index(WORD)))
-    function = builder.add_func(pack_mask(tuple(map(known_extent, dims))), "pack_mask")
-    return builder.emit(relax.call_tir(function, [seen], relax.TensorType([*outer, words], "int64")))
+    return builder.emit_te(mask_words, seen, primfunc_name_hint=NAME, primfunc_attrs={OP_PATTERN: INJECTIVE})

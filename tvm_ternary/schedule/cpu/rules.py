@@ -13,6 +13,7 @@ from .conv import schedule_convolution
 from .fallback import schedule_loops
 from .injective import schedule_injective
 from .inline import read_program
+from .mask_words import schedule_mask_words
 from .matmul import schedule_matmul
 from .program import Program
 from .recurrence import schedule_recurrence
@@ -25,6 +26,7 @@ Rule = Callable[[Program, Simd], tirx.PrimFunc | None]
 RULES: tuple[tuple[str, Rule], ...] = (
     ("rule:convolution", schedule_convolution),
     ("rule:matmul", schedule_matmul),
+    ("rule:mask", schedule_mask_words),
     ("rule:columns", schedule_columns),
     ("rule:rows", schedule_rows),
     ("rule:injective", schedule_injective),
