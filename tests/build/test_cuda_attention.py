@@ -37,3 +37,16 @@ def test_attention_in_the_kind_of_the_activations(source: Source, scheme: str, m
     half = next(bound for name, bound in HALF.items() if name in scheme)
     assert max(pair.errors([feed, feed])) <= half
     assert "'graph_launches': 0" not in pair.launches
+
+
+def test_ternary_keys(models: Path, tmp_path: Path) -> None:
+    """A packed block and a rest; what packs, and what attends. On the CPU queries have 8 bits, here 16."""
+    options = {"dims": {"batch": 1, "length": 140}, "attention": "ternary-keys", "kv_window": 64}
+    pair = Pair(lambda: llama(1), "t2a8", models, tmp_path, **options)
+    assert [found.mode for found in pair.manifest.attentions] == ["ternary-keys"]
+    found = schedules(pair)
+    assert [found[name] for name in ("pack_keys", "rounded_attention")] == ["rule:attention"] * 2
+    ids = np.random.default_rng(5).integers(0, 50, (1, 140))
+    mask = np.ones_like(ids)
+    mask[:, 130:] = 0
+    assert max(pair.errors([{"input_ids": ids, "attention_mask": mask}])) <= HALF["abf16"]

@@ -150,3 +150,10 @@ def test_not_on_a_gpu(decoder: ImportedModel) -> None:
     choices = choose_caches(decoder, read_modes("ternary-keys-values"), (2, 2), 64)
     with pytest.raises(OptionError, match=r"cuda-sm_90 is no CPU.*compile with --attention full"):
         apply_choices(decoder, choices, resolve("cuda-sm_90"))
+
+
+def test_whole_texts_on_a_gpu_have_known_lengths() -> None:
+    model = import_onnx(gpt2(), {"batch": 1})
+    message = r"attention.0: cannot have ternary keys on cuda-sm_90: it has lengths that are not known.*--dim"
+    with pytest.raises(OptionError, match=message):
+        apply_choices(model, choose_caches(model, read_modes("ternary-keys"), (2, 2), 64), resolve("cuda-sm_90"))

@@ -15,6 +15,7 @@ from tvm_ternary.convert.attention import Errors, choose_planes
 from tvm_ternary.errors import OptionError
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices, cache_attention
+from tvm_ternary.graph.passes.find_attention import as_index, known_extent
 from tvm_ternary.graph.passes.find_pasts import NO_PAST, find_caches, named_attentions
 from tvm_ternary.graph.passes.round_keys import Outputs, round_keys
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
@@ -26,6 +27,7 @@ from tvm_ternary.schedule.cpu import simd_of
 from tvm_ternary.schedule.cpu.attention.cached import cached_attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed
 from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
+from tvm_ternary.schedule.cuda.attention.prompt import attention_packed, pack_operands, why_not
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import Target
 
@@ -168,18 +170,21 @@ def apply_choices(model: ImportedModel, choices: Choices, target: Target) -> Imp
     Raises
     ------
     OptionError
-        If there are some and the target is no CPU.
+        If the target is no CPU, and keys and values are to be kept, or there is no kernel for an attention.
     """
-    if choices and target.kind == "cuda":
-        problem = f"{target.name} is no CPU; ternary keys and values of models run on CPUs so far"
-        raise OptionError("attention", problem, "compile with --attention full")
     if not choices:
         return model
     # Pasts that stay inputs stay as they are.
     kept = [name for name, reason in find_caches(unstack_pasts(model)).items() if reason is None]
     model = unstack_pasts(model, kept)
     if any(reason is None for reason in find_caches(model).values()):
+        if target.kind == "cuda":
+            problem = f"{target.name} is no CPU; models keep keys and values on CPUs so far"
+            raise OptionError("attention", problem, "compile with --attention full")
         return cache_attention(model, choices, partial(_cached, target))
+    if target.kind == "cuda":
+        _require_kernels(model, choices, target)
+        return round_keys(model, choices, _rounded_on_gpu)
     return round_keys(model, choices, partial(_rounded, target))
 
 
@@ -202,6 +207,29 @@ def _rounded(
     batch, _, keys = lengths
     pack = pack_keys(shape, packed, window, (batch, keys), simd)
     return pack, rounded_attention(shape, packed, window, lengths, simd), partial(words_of, shape, packed)
+
+
+def _rounded_on_gpu(
+    shape: Attention, planes: int, window: int, lengths: tuple[int | None, ...]
+) -> tuple[tvm.tirx.PrimFunc, tvm.tirx.PrimFunc, Outputs]:
+    """In bfloat16, whatever the scheme: it has no limit, and is finer than any number of planes."""
+    batch, queries, keys = (int(length or 0) for length in lengths)
+    pack, outputs = pack_operands(shape, planes, window, (batch, queries, keys))
+    attend = attention_packed(shape, planes, window, (batch, queries, keys))
+    made = [([*map(as_index, extents)], dtype) for extents, dtype in outputs]
+    return pack.without_attr("global_symbol"), attend.without_attr("global_symbol"), lambda *_: made
+
+
+def _require_kernels(model: ImportedModel, choices: Choices, target: Target) -> None:
+    """Refuse what there is no kernel for on a GPU."""
+    for name, match in named_attentions(model).items():
+        if name in choices and any(choice.window is not None for choice in choices[name]):
+            extents = match.query.extents["b"], match.query.extents["l"], match.key.extents["l"]
+            # Whatever its mask is.
+            why = why_not(match.shape("bms"), tuple(map(known_extent, extents)))
+            if why is not None:
+                hint = "give all sizes with --dim, or compile with --attention full"
+                raise OptionError(f"attention {name}", f"cannot have ternary keys on {target.name}: it {why}", hint)
 
 
 def _require_possible(wanted: Mapping[str, list[str]], found: Mapping[str, str | None], kept: bool) -> None:

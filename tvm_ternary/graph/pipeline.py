@@ -38,8 +38,7 @@ from tvm_ternary.graph.passes.transform_inputs import transform_inputs
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.schedule import cpu
 from tvm_ternary.schedule.cuda import graph as cuda
-from tvm_ternary.schedule.cuda.attention.prompt import attention_rounded, is_covered, round_operands
-from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask
+from tvm_ternary.schedule.cuda.attention.prompt import WORTH_IT, attention_rounded, round_operands, why_not
 from tvm_ternary.schedule.records import TuningLog
 from tvm_ternary.target import Target
 
@@ -91,7 +90,7 @@ def lower(
     module, on_gpu = define_dimensions(model.module), target.kind == "cuda"
     if on_gpu:
         # A mask that is a table is known as long as it is a constant.
-        module = fuse_prompts(module, partial(_prompts, half_of(layers.values())), pack_mask)
+        module = fuse_prompts(module, partial(_prompts, half_of(layers.values())))
     module, params = lift_tables(module, model.params, model.tables)
     module = join_steps(module)
     if not on_gpu:
@@ -131,7 +130,9 @@ def half_of(layers: Iterable[TernaryLayer]) -> str | None:
 def _prompts(kind: str | None, shape: Attention, lengths: tuple[int | None, ...]) -> Halves | None:
     """Attention on a GPU in 16 bits; where no layer has those, all stays float32."""
     batch, queries, keys = lengths
-    if kind is None or batch is None or queries is None or keys is None or not is_covered(shape, lengths):
+    if kind is None or batch is None or queries is None or keys is None or why_not(shape, lengths) is not None:
+        return None
+    if queries < WORTH_IT:
         return None
     known = batch, queries, keys
     return *round_operands(shape, known, kind=kind), attention_rounded(shape, known, kind=kind)

@@ -14,7 +14,7 @@ from tvm_ternary.graph.pipeline import half_of, lower
 from tvm_ternary.target import resolve
 
 DIMS = {"batch": 2, "length": 20}
-NAMES = {"attention", "round_operands", "pack_mask"}
+NAMES = {"attention", "round_operands"}
 
 
 def schedules(model: Any, scheme: str, dims: dict[str, int]) -> dict[str, str]:

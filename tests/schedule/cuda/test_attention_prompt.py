@@ -13,7 +13,6 @@ from tests.cuda_emulator import Out, Worker
 from tests.schedule.cpu.graphs import EPSILON, normal
 from tvm_ternary.kernels.attention import Attention, pack_mask, reference_attention
 from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
-from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask as mask_bits
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25)
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -141,14 +140,6 @@ def test_masks_of_bits(gpu: Worker, hidden: float) -> None:
         return
     case.result[1, :, 140] = 0
     case.check()
-
-
-@pytest.mark.parametrize("extents", [(2, 1, 3, 130), (1, 2, 1, 64), (1, 1, 5, 7)])
-def test_a_mask_becomes_bits(gpu: Worker, extents: tuple[int, int, int, int]) -> None:
-    seen = np.random.default_rng(6).random(extents) < 0.5
-    words = np.full((*extents[:-1], -(-extents[-1] // 64)), -1, np.int64)
-    gpu.run(mask_bits(extents), np.where(seen, 0, -1e9).astype(np.float32), Out(words))
-    np.testing.assert_array_equal(words, pack_mask(seen))
 
 
 def test_hidden_keys_and_values_move_no_bit(gpu: Worker) -> None:

@@ -12,12 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cuda_emulator import Out, Worker
+from tests.cuda_emulator import InOut, Out, Worker
 from tests.schedule.cpu.graphs import normal
 from tests.schedule.cuda.test_attention_prompt import SHAPE, UNITS, check, laid, rounded
 from tvm_ternary.kernels.attention import Attention, pack_mask
-from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, pack, quantize_block
-from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
+from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, digits, pack, quantize_block, unpack
+from tvm_ternary.schedule.cuda.attention.prompt import (
+    attention_packed,
+    attention_prompt,
+    attention_prompt_cached,
+    pack_operands,
+)
 
 
 def stand_for(codes: np.ndarray, scale: np.ndarray, axis: int, kind: str) -> np.ndarray:
@@ -98,6 +103,35 @@ def test_blocks_that_a_mask_hides(gpu: Worker) -> None:
     mask = np.zeros((2, 1, 1, 450), np.float32)
     mask[0, ..., 64:128] = mask[0, ..., 192:256] = mask[0, ..., 384:448] = mask[1, ..., :200] = -np.inf
     Whole(gpu, replace(SHAPE, mask="bs", hidden=-np.inf), 2, (2, 5, 450), window=128, mask=mask).check()
+
+
+@pytest.mark.parametrize(("planes", "window", "keys"), [(1, 0, 128), (2, 64, 200), (3, 64, 70)])
+def test_keys_that_are_packed_in_the_run(gpu: Worker, planes: int, window: int, keys: int) -> None:
+    """All of them, some, none; by a function of their own, whose results another one reads."""
+    shape, lengths = replace(SHAPE, key="lbhd"), (2, 5, keys)
+    sizes = (shape.heads, 5, shape.size), (shape.kv_heads, keys, shape.size), (shape.kv_heads, keys, shape.value_size)
+    q, k, v = (normal(n, 2, *extents) for n, extents in enumerate(sizes))
+    k[..., 3] *= 20
+    function, outputs = pack_operands(shape, planes, window, lengths, kind="float16")
+    made = [np.full(extents, 99, dtype) for extents, dtype in outputs]
+    gpu.run(function, laid(k, shape.key), laid(v, shape.value), *map(InOut, made))
+    blocks, count = max(keys - window, 0) // BLOCK, len(digits(planes))
+    given = k[:, :, : blocks * BLOCK].reshape(2, shape.kv_heads, blocks, BLOCK, shape.size)
+    codes, scale = (
+        unpack(made[:count], BLOCK, shape.size, planes)[:, :, :blocks],
+        made[count][:, :, :blocks],
+    )
+    want, wanted_scale = quantize_block(given, planes, -2)
+    # In the middle of two numbers a last place of the mean decides.
+    assert np.sum(codes != want) <= 1e-3 * want.size
+    np.testing.assert_allclose(scale, wanted_scale, rtol=1e-3)
+    out = np.full((2, 5, shape.heads, shape.value_size), np.nan, np.float32)
+    attend = attention_packed(shape, planes, window, lengths, kind="float16")
+    unread = [np.full_like(laid(x, layout), np.nan) for x, layout in ((k, shape.key), (v, shape.value))]
+    gpu.run(attend, laid(q, shape.query), *made, *unread, Out(out))
+    k = rounded(k, "float16")
+    k[:, :, : blocks * BLOCK] = stand_for(codes, scale, -2, "float16")
+    check(out.transpose(0, 2, 1, 3), shape, (rounded(q, "float16"), k, rounded(v, "float16")), None, "float16")
 
 
 class Cached:

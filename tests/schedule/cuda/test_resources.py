@@ -19,8 +19,7 @@ from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.shape import MatmulShape
 from tvm_ternary.kernels.table import kernel_for
 from tvm_ternary.schedule.cuda.attention.append import append_tokens
-from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached
-from tvm_ternary.schedule.cuda.attention.prompt_mask import pack_mask
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, attention_prompt_cached, pack_operands
 from tvm_ternary.schedule.cuda.attention.step import attention_step
 from tvm_ternary.schedule.cuda.cut import Cut
 from tvm_ternary.schedule.cuda.matmul import matmul_function
@@ -69,8 +68,8 @@ def attention_functions() -> dict[str, tirx.PrimFunc]:
         functions[f"prompt_{name}_cached2"] = function
         bits = replace(shape, mask="bms", hidden=-3e38)
         functions[f"prompt_{name}_bits"] = attention_prompt(bits, lengths, kind="float16", planes=2)
+        functions[f"pack_operands_{name}"] = pack_operands(shape, 2, 64, lengths)[0]
     functions[f"prompt_{name}_masked"] = attention_prompt(replace(shape, mask="bms"), lengths, kind="float16")
-    functions["pack_mask"] = pack_mask((1, 1, 4096, 4096))
     return functions
 
 

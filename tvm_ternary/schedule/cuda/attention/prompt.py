@@ -21,6 +21,7 @@ Dao, "FlashAttention-2", 2023: queries shared out among warps, keys in the inner
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -33,14 +34,19 @@ from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.schedule.cuda.attention.plan import SHARED_BYTES, array, at_once, check_sizes
 from tvm_ternary.schedule.cuda.attention.prompt_keys import Cached, Keys, Whole
 from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, KINDS, LARGEST, ROWS, Prompt
-from tvm_ternary.schedule.cuda.attention.prompt_round import round_keys_and_values
+from tvm_ternary.schedule.cuda.attention.prompt_round import pack_blocks, round_keys_and_values
 from tvm_ternary.schedule.cuda.attention.prompt_rows import Rows
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, root_block
 
 Expr = Any
+Kernel = Callable[[Prompt, Keys], None]
+"""Emits it."""
 
 MOST_MASKED = 1 << 18
 """Keys under a mask of bits, of which a thread block keeps eight bytes for 64."""
+WORTH_IT = ROWS
+"""Queries: a warp's tensor cores multiply sixteen or none."""
+_PROMPT = ("q", "packed", "floats", "mask", "out")
 
 
 def attention_prompt(
@@ -76,50 +82,75 @@ def attention_prompt(
     ValueError
         If there is no such kind, sizes are no multiples of four or above 128, or elements of a head are not neighbours.
     """
-    return _function("attention_prompt", *_whole(shape, lengths, causal, kind, planes, window))
+    prompt, source = _whole(shape, lengths, causal, kind, planes, window)
+    return _function("attention_prompt", prompt, source, _PROMPT, [_round, _attend])
 
 
 def round_operands(
-    shape: Attention, lengths: tuple[int, int, int], *, kind: str = "bfloat16", planes: int = 0, window: int = 0
+    shape: Attention, lengths: tuple[int, int, int], *, kind: str = "bfloat16"
 ) -> tuple[tirx.PrimFunc, list[tuple[int, ...]]]:
-    """The first half of `attention_prompt`, ``(k, v[, keys], values)``, and the extents of its results, uint32.
-
-    There are no ``keys`` where all of them are packed.
-    """
-    prompt, source = _whole(shape, lengths, False, kind, planes, window)
-    function = _function("round_operands", prompt, source, attends=False)
+    """The first half of `attention_prompt`, ``(k, v, keys, values)``, and the extents of its results, uint32."""
+    prompt, source = _whole(shape, lengths, False, kind, 0, 0)
+    function = _function("round_operands", prompt, source, ("floats", "rounded"), [_round])
     return function, list(_rounded_extents(prompt).values())
 
 
 def attention_rounded(
+    shape: Attention, lengths: tuple[int, int, int], *, causal: bool = False, kind: str = "bfloat16"
+) -> tirx.PrimFunc:
+    """The second half, ``(q, keys, values[, mask], out)``."""
+    prompt, source = _whole(shape, lengths, causal, kind, 0, 0)
+    return _function("attention_rounded", prompt, source, ("q", "rounded", "mask", "out"), [_attend])
+
+
+def pack_operands(
+    shape: Attention, planes: int, window: int, lengths: tuple[int, int, int], *, kind: str = "bfloat16"
+) -> tuple[tirx.PrimFunc, list[tuple[tuple[int, ...], str]]]:
+    """What packs keys and rounds the rest, ``(k, v, key words ..., key_scale[, keys], values)``; extents and dtypes.
+
+    Of words and scales those behind the last packed block are not written.
+
+    Parameters
+    ----------
+    shape, lengths, kind, planes, window
+        As of `attention_prompt`.
+    """
+    prompt, source = _whole(shape, lengths, False, kind, planes, window)
+    function = _function("pack_operands", prompt, source, ("floats", "packed", "rounded"), [_pack, _round])
+    made = [source.b[name] for name in source.b if name not in ("k", "v")]
+    return function, [(tuple(map(int, one.shape)), str(one.dtype)) for one in made]
+
+
+def attention_packed(
     shape: Attention,
+    planes: int,
+    window: int,
     lengths: tuple[int, int, int],
     *,
     causal: bool = False,
     kind: str = "bfloat16",
-    planes: int = 0,
-    window: int = 0,
 ) -> tirx.PrimFunc:
-    """The second half, ``(q[, key words ..., key_scale][, keys], values[, mask], out)``."""
-    return _function("attention_rounded", *_whole(shape, lengths, causal, kind, planes, window), rounds=False)
+    """Attention to that, ``(q, key words ..., key_scale[, keys], values, k, v[, mask], out)``; k and v are not read."""
+    prompt, source = _whole(shape, lengths, causal, kind, planes, window)
+    names = "q", "packed", "rounded", "floats", "mask", "out"
+    return _function("attention_packed", prompt, source, names, [_attend])
 
 
-def is_covered(shape: Attention, lengths: tuple[int | None, ...]) -> bool:
-    """Whether there is such attention, and it is worth it: a warp's tensor cores multiply sixteen queries or none."""
-    if shape.joined or any(length is None for length in lengths):
-        return False
-    batch, queries, keys = (int(length or 0) for length in lengths)
+def why_not(shape: Attention, lengths: tuple[int | None, ...]) -> str | None:
+    """Why there is no such attention; None if there is. Lengths are batch, queries and keys, None where not known."""
     sizes, layouts = (shape.size, shape.value_size), (shape.query, shape.key, shape.value, shape.out)
+    if any(length is None for length in lengths):
+        return "has lengths that are not known"
+    if max(sizes) > LARGEST or any(size % 4 for size in sizes):
+        return f"has heads of {max(sizes)} elements; expected a multiple of 4, {LARGEST} at most"
+    if not all(layout[-1] == "d" for layout in layouts):
+        return "has heads whose elements are no neighbours"
+    batch, queries, keys = (int(length or 0) for length in lengths)
     rows = batch * max(shape.heads * queries, shape.kv_heads * (keys + KEYS)) * (max(sizes) + 32)
     masked = math.prod({"b": batch, "h": shape.heads, "m": queries, "s": keys}[axis] for axis in shape.mask)
-    return (
-        queries >= ROWS
-        and max(sizes) <= LARGEST
-        and not any(size % 4 for size in sizes)
-        and all(layout[-1] == "d" for layout in layouts)
-        and max(rows, masked) < 2**31
-        and (shape.hidden is None or keys <= MOST_MASKED)
-    )
+    if max(rows, masked) >= 2**31 or (shape.hidden is not None and keys > MOST_MASKED):
+        return "has more elements than a kernel counts"
+    return None
 
 
 def _whole(
@@ -166,7 +197,8 @@ def attention_prompt_cached(
     """
     batch, queries, blocks, room = lengths
     source = Cached(shape, batch, queries, blocks, room, planes, new)
-    return _function("attention_prompt_cached", _prompt(source, queries, causal, kind), source)
+    prompt = _prompt(source, queries, causal, kind)
+    return _function("attention_prompt_cached", prompt, source, _PROMPT, [_round, _attend])
 
 
 def _prompt(source: Keys, queries: int, causal: bool, kind: str) -> Prompt:
@@ -185,41 +217,55 @@ def _prompt(source: Keys, queries: int, causal: bool, kind: str) -> Prompt:
     return prompt
 
 
-def _function(name: str, prompt: Prompt, source: Keys, *, rounds: bool = True, attends: bool = True) -> tirx.PrimFunc:
-    """Both kernels, or one, whose results or operands are then parameters."""
+def _function(
+    name: str, prompt: Prompt, source: Keys, parameters: Sequence[str], kernels: Sequence[Kernel]
+) -> tirx.PrimFunc:
+    """Some kernels on such parameters; what is rounded is memory of the function's own unless it is among them."""
     shape, b = prompt.shape, source.b
+
+    def laid(name: str, layout: str, size: int) -> None:
+        extents = {"b": prompt.batch, "h": shape.heads, "l": prompt.queries, "d": size}
+        b[name] = array(name, [extents[axis] for axis in layout])
+
+    def rounded() -> None:
+        b.update({name: array(name, extents, "uint32") for name, extents in _rounded_extents(prompt).items()})
+
+    def mask() -> None:
+        if shape.mask:
+            keys = source.most if shape.hidden is None else ceil_div(source.most, WORD)
+            extents = {"b": prompt.batch, "h": shape.heads, "m": prompt.queries, "s": keys}
+            dtype = "float32" if shape.hidden is None else "int64"
+            b["mask"] = array("mask", [extents[axis] if axis in shape.mask else 1 for axis in "bhms"], dtype)
+
+    declare: dict[str, Callable[[], None]] = {
+        "q": lambda: laid("q", shape.query, shape.size),
+        "packed": source.declare_packed,
+        "floats": source.declare_floats,
+        "rounded": rounded,
+        "mask": mask,
+        "out": lambda: laid("out", shape.out, shape.value_size),
+    }
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, SCHEDULED: 1})
-
-        def laid(name: str, layout: str, size: int) -> Expr:
-            extents = {"b": prompt.batch, "h": shape.heads, "l": prompt.queries, "d": size}
-            return array(name, [extents[axis] for axis in layout])
-
-        if attends:
-            b["q"] = laid("q", shape.query, shape.size)
-            source.declare_packed()
-        if rounds:
-            source.declare_floats()
-        if not (rounds and attends):
-            b |= {name: array(name, extents, "uint32") for name, extents in _rounded_extents(prompt).items()}
-        if attends and shape.mask:
-            extents = {"b": prompt.batch, "h": shape.heads, "m": prompt.queries, "s": source.most}
-            if shape.hidden is not None:
-                extents["s"] = ceil_div(source.most, WORD)
-            dtype = "float32" if shape.hidden is None else "int64"
-            b["mask"] = array("mask", [extents[axis] if axis in shape.mask else 1 for axis in "bhms"], dtype)
-        if attends:
-            b["out"] = laid("out", shape.out, shape.value_size)
+        for parameter in parameters:
+            declare[parameter]()
         with root_block():
-            if rounds and attends:
+            if "rounded" not in parameters:
                 held = _rounded_extents(prompt).items()
-                b |= {name: T.alloc_buffer(extents, "uint32") for name, extents in held}
-            if rounds:
-                round_keys_and_values(prompt, source, b)
-            if attends:
-                _attend(prompt, source)
+                b.update({name: T.alloc_buffer(extents, "uint32") for name, extents in held})
+            for kernel in kernels:
+                kernel(prompt, source)
     return builder.get()
+
+
+def _round(prompt: Prompt, source: Keys) -> None:
+    round_keys_and_values(prompt, source)
+
+
+def _pack(prompt: Prompt, source: Keys) -> None:
+    assert isinstance(source, Whole)
+    pack_blocks(prompt, source)
 
 
 def _rounded_extents(prompt: Prompt) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A mask of bits on a GPU: packed by one function, and which blocks of keys a thread block of a prompt goes through.
+"""Which blocks of keys a thread block of a prompt goes through: those that its mask of bits leaves.
 
 A word is a query's mask of a block of 64 keys. Before anything else each warp looks at those of its sixteen queries,
 and says in a byte of shared memory for each block whether one of them sees a key of it. Blocks that none of a thread
@@ -15,18 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_ternary.kernels.attention import WORD
-from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.attention import device as own
-from tvm_ternary.schedule.cuda.attention.plan import array
 from tvm_ternary.schedule.cuda.attention.prompt_plan import ROWS, Prompt
-from tvm_ternary.schedule.cuda.attention.warp import const, local
-from tvm_ternary.schedule.cuda.matmul import SCHEDULED, root_block
+from tvm_ternary.schedule.cuda.attention.warp import local
 
 Expr = Any
 Turn = tuple[Expr, Expr, Expr, Expr]
@@ -34,50 +28,6 @@ Turn = tuple[Expr, Expr, Expr, Expr]
 
 HIDDEN = -1e30
 """What is added from here down leaves nothing of a score: beside any that is seen its weight is 0."""
-THREADS = 128
-
-
-def pack_mask(extents: tuple[int, int, int, int]) -> tirx.PrimFunc:
-    """The scheduled function ``(mask, words)``: bits of a mask of floats that hides keys and adds nothing else.
-
-    Parameters
-    ----------
-    extents : tuple of int
-        Of batch, heads, queries and keys.
-
-    Returns
-    -------
-    PrimFunc
-        ``words`` as `kernels.attention.pack_mask` gives them of ``mask == 0``.
-    """
-    *outer, keys = extents
-    words = ceil_div(keys, WORD)
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("pack_mask")
-        T.func_attr({"tirx.noalias": True, SCHEDULED: 1})
-        mask, packed = array("mask", extents), array("words", (*outer, words), "int64")
-        count = math.prod(outer) * words
-        with (
-            root_block(),
-            T.launch_thread("blockIdx.x", ceil_div(count, THREADS // 32)) as x,
-            T.launch_thread("threadIdx.x", THREADS) as thread,
-        ):
-            # All threads of a warp have one word.
-            index, lane, bits = x * (THREADS // 32) + thread // 32, thread % 32, local(2, "uint32")
-            with T.If(index < count), T.Then():
-                where, rest = [index % words], index // words
-                for extent in reversed(outer):
-                    where, rest = [rest % extent, *where], rest // extent
-                for half in range(2):
-                    key, seen = where[-1] * WORD + 32 * half + lane, local(1, "int32")
-                    T.buffer_store(seen, T.int32(0), [0])
-                    with T.If(key < keys), T.Then():
-                        T.buffer_store(seen, T.Cast("int32", mask[(*where[:-1], key)] == const(0.0)), [0])
-                    T.buffer_store(bits, device.ballot(seen[0]), [half])
-                with T.If(lane == 0), T.Then():
-                    high = T.shift_left(T.Cast("int64", bits[1]), T.int64(32))
-                    T.buffer_store(packed, T.bitwise_or(high, T.Cast("int64", bits[0])), where)
-    return builder.get()
 
 
 class InOrder:

@@ -1,4 +1,4 @@
-"""Keys and values in 16 bits, before attention over them: keys as they lie, values with tokens for neighbours."""
+"""What is made of keys and values before attention over them: 16 bits, values transposed; packed blocks of keys."""
 
 from __future__ import annotations
 
@@ -8,21 +8,49 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.kernels.shape import ceil_div
-from tvm_ternary.schedule.cuda.attention.prompt_keys import Keys
+from tvm_ternary.kernels.ternary_keys import BLOCK
+from tvm_ternary.schedule.cuda.attention.pack import THREADS, Part, clear_behind, numbers_of_keys, words_of_keys
+from tvm_ternary.schedule.cuda.attention.plan import at_once, placed
+from tvm_ternary.schedule.cuda.attention.prompt_keys import Keys, Whole
 from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, PAIRS, Prompt
 from tvm_ternary.schedule.cuda.attention.warp import const, local
 
 Expr = Any
 
-THREADS = 128
+
+def pack_blocks(prompt: Prompt, source: Whole) -> None:
+    """Fill the words and scales of the keys that are to be packed; `append` does the same behind a cache."""
+    shape, b = prompt.shape, source.b
+    words = [b[f"key_words{n}"] for n in range(len(prompt.key.fields))]
+    part = Part(0, b["k"], b["k"], b["key_scale"], words, shape.key, shape.key, shape.size, source.planes[0])
+    launch = T.launch_thread
+    if source.packed == 0:
+        return
+    with (
+        launch("blockIdx.x", source.packed) as block,
+        launch("blockIdx.y", shape.kv_heads) as kv,
+        launch("blockIdx.z", prompt.batch) as batch,
+        launch("threadIdx.x", THREADS) as thread,
+        at_once(8),
+    ):
+        numbers, where = T.alloc_buffer((part.shared_bytes,), "uint8", scope="shared.dyn"), [batch, kv, block]
+
+        def read(token: Expr, d: Expr, to: Expr) -> None:
+            T.buffer_store(to, b["k"][tuple(placed(shape.key, batch, kv, block * BLOCK + token, d))], [0])
+
+        clear_behind(part, numbers, thread)
+        numbers_of_keys(part, numbers, where, thread, read)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        for n, field in enumerate(part.fields):
+            words_of_keys(part, n, field, numbers, where, thread)
 
 
-def round_keys_and_values(prompt: Prompt, source: Keys, b: dict[str, Expr]) -> None:
-    """Fill ``b["keys"]`` and ``b["values"]``; zeros behind the ends. A thread makes 16 bytes.
+def round_keys_and_values(prompt: Prompt, source: Keys) -> None:
+    """Fill ``keys`` and ``values``; zeros behind the ends. A thread makes 16 bytes.
 
     Eight neighbours in a sum are in the order of `PAIRS`.
     """
-    shape, pieces, columns = prompt.shape, prompt.key.pieces, prompt.value.rows
+    shape, b, pieces, columns = prompt.shape, source.b, prompt.key.pieces, prompt.value.rows
     tokens = [KEYS * prompt.float_blocks(matrix) for matrix in (prompt.key, prompt.value)]
     of_keys, of_values = tokens[0] * pieces, columns * (tokens[1] // 8)
     launch = T.launch_thread
