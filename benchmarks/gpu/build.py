@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnx
 import tvm
 from onnx import numpy_helper
@@ -124,9 +125,12 @@ def attention(cases: Cases) -> dict[str, tvm.tirx.PrimFunc]:
             name = f"{kind}_{cache_name(cache)}"
             functions[name] = function.with_attr("global_symbol", name)
     for prompt in cases.prompts:
-        heads, kv_heads, size, tokens, causal, planes = prompt
+        heads, kv_heads, size, tokens, hides, planes = prompt
         shape, name = Attention(heads, kv_heads, size, size, size**-0.5), f"prompt_{prompt_name(prompt)}"
-        function = attention_prompt(shape, (1, tokens, tokens), causal=causal, planes=planes, window=WINDOW)
+        if hides == "bits":
+            shape = replace(shape, mask="ms", hidden=float(np.finfo(np.float32).min))
+        lengths, causal = (1, tokens, tokens), hides == "causal"
+        function = attention_prompt(shape, lengths, causal=causal, planes=planes, window=WINDOW)
         functions[name] = function.with_attr("global_symbol", name)
     for chunk in cases.chunks:
         (heads, *_), held, name = chunk, shape_of(chunk[:5]), f"prompt_{chunk_name(chunk)}"

@@ -45,18 +45,21 @@ CACHES = (
 TIMED_TOKENS = 4096
 ASKED_CACHE = CACHES[3]
 
-# Heads of queries and of keys, elements of a head, tokens, causal, planes of the keys (0: they are in float).
+# Heads of queries and of keys, elements of a head, tokens, what hides the keys behind a query's own (nothing, the
+# kernel, or a mask of bits, as models have it), planes of the keys (0: they are in float).
 PROMPTS = (
-    (4, 2, 20, 70, True, 0),
-    (3, 3, 64, 200, False, 0),
-    (4, 2, 20, 150, True, 1),
-    (2, 1, 96, 200, False, 3),
-    (32, 8, 128, 512, True, 0),
-    (32, 8, 128, 4096, True, 0),
-    (32, 8, 128, 4096, False, 0),
-    (12, 12, 64, 4096, True, 0),
-    (32, 8, 128, 4096, True, 2),
-    (32, 8, 128, 4096, True, 1),
+    (4, 2, 20, 70, "causal", 0),
+    (3, 3, 64, 200, "", 0),
+    (4, 2, 20, 150, "causal", 1),
+    (2, 1, 96, 200, "", 3),
+    (4, 2, 64, 300, "bits", 2),
+    (32, 8, 128, 512, "causal", 0),
+    (32, 8, 128, 4096, "causal", 0),
+    (32, 8, 128, 4096, "", 0),
+    (12, 12, 64, 4096, "causal", 0),
+    (32, 8, 128, 4096, "bits", 0),
+    (32, 8, 128, 4096, "causal", 2),
+    (32, 8, 128, 4096, "causal", 1),
 )
 TIMED_PROMPT_TOKENS = 512
 WINDOW = 64
@@ -84,8 +87,8 @@ Matrix = tuple[int, int, str]
 """N, K, scheme."""
 Cache = tuple[int, int, int, int, int]
 """Heads, heads of keys, size, planes, tokens."""
-Prompt = tuple[int, int, int, int, bool, int]
-"""Heads, heads of keys, size, tokens, causal, planes."""
+Prompt = tuple[int, int, int, int, str, int]
+"""Heads, heads of keys, size, tokens, what hides keys, planes."""
 Chunk = tuple[int, int, int, int, int, int]
 """A cache, and new tokens."""
 
@@ -151,9 +154,9 @@ def cache_name(cache: Cache) -> str:
 
 def prompt_name(prompt: Prompt) -> str:
     """The name of a prompt's function, ``prompt_`` before it."""
-    heads, kv_heads, size, tokens, causal, planes = prompt
+    heads, kv_heads, size, tokens, hides, planes = prompt
     packed = f"t{planes}k_" if planes else ""
-    return f"{packed}{heads}x{kv_heads}x{size}_{tokens}{'_causal' if causal else ''}"
+    return f"{packed}{heads}x{kv_heads}x{size}_{tokens}{f'_{hides}' if hides else ''}"
 
 
 def chunk_name(chunk: Chunk) -> str:

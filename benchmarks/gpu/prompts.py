@@ -11,7 +11,7 @@ from benchmarks.gpu.cases import WINDOW, Prompt, prompt_name
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.reference import rounded
 from tvm_ternary.formats import Scheme
-from tvm_ternary.kernels.attention import reference_attention
+from tvm_ternary.kernels.attention import pack_mask, reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, digits, pack, packed_words, quantize_block
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 def wrong_results(kernels: Kernels, prompt: Prompt, generator: np.random.Generator) -> int:
     """How many results of the first and the last head are not what they should be, of random operands."""
-    heads, kv_heads, size, tokens, causal, planes = prompt
+    heads, kv_heads, size, tokens, hides, planes = prompt
     counts = (heads, kv_heads, kv_heads)
     q, k, v = (generator.standard_normal((1, tokens, count, size), np.float32) for count in counts)
     gpu, packed = kernels.gpu, list[Any]()
@@ -46,12 +46,13 @@ def wrong_results(kernels: Kernels, prompt: Prompt, generator: np.random.Generat
         packed.append(np.pad(scale, [(0, 0), (0, spare), (0, 0)], constant_values=np.nan)[None])
     out = gpu.array(np.full(q.shape, np.nan, np.float32), "float32")
     function = gpu.function(kernels.path, f"prompt_{prompt_name(prompt)}")
-    function(*(gpu.array(x, x.dtype.name) for x in (q, *packed, k, v)), out)
+    masks = [pack_mask(np.tri(tokens, dtype=bool))[None, None]] if hides == "bits" else []
+    function(*(gpu.array(x, x.dtype.name) for x in (q, *packed, k, v, *masks)), out)
     got, found = gpu.read(out)[0], 0
     for head in {0, heads - 1}:
         kv = head // (heads // kv_heads)
         operands = _rounded(q[0, :, head]), stand_for_k[kv], _rounded(v[0, :, kv])
-        found += wrong_in_head(got[:, head], operands, generator, causal=causal)
+        found += wrong_in_head(got[:, head], operands, generator, causal=bool(hides))
     return found
 
 
@@ -104,17 +105,21 @@ class TimedPrompt:
     def times(self) -> dict[str, Any]:
         """A line of results: seconds, and those of torch's attention in bfloat16, whose operands are rounded before."""
         found = self._device.seconds([[self._ours()], [self._torch()]])
-        heads, _, size, tokens, causal, _ = self._prompt
+        heads, _, size, tokens, hides, _ = self._prompt
         return {
             "case": self.name,
             "seconds": found[0].seconds,
             "torch_bf16": found[1].seconds,
             "spread": max(one.spread for one in found),
-            "operations": 4 * heads * size * tokens * tokens // (2 if causal else 1),
+            "operations": 4 * heads * size * tokens * tokens // (2 if hides else 1),
         }
 
     def _ours(self) -> Call:
-        torch, place, (heads, kv_heads, size, tokens, _, planes) = self._device.torch, self._device.place, self._prompt
+        torch, place, (heads, kv_heads, size, tokens, hides, planes) = (
+            self._device.torch,
+            self._device.place,
+            self._prompt,
+        )
         q, k, v, out = (torch.randn(1, tokens, n, size, device=place) for n in (heads, kv_heads, kv_heads, heads))
         outer, packed = (1, kv_heads, tokens // BLOCK + 1), list[Any]()
         for field in digits(planes) if planes else ():
@@ -125,11 +130,14 @@ class TimedPrompt:
         if planes:
             packed.append(torch.rand((*outer, size), device=place))
         function = self._device.library[f"prompt_{self.name}"]
-        return lambda: function(q, *packed, k, v, out)
+        masks = []
+        if hides == "bits":
+            masks = [torch.from_numpy(pack_mask(np.tri(tokens, dtype=bool))[None, None]).to(place)]
+        return lambda: function(q, *packed, k, v, *masks, out)
 
     def _torch(self) -> Call:
-        torch, place, (heads, kv_heads, size, tokens, causal, _) = self._device.torch, self._device.place, self._prompt
+        torch, place, (heads, kv_heads, size, tokens, hides, _) = self._device.torch, self._device.place, self._prompt
         kind = {"device": place, "dtype": torch.bfloat16}
         q, k, v = (torch.randn(1, n, tokens, size, **kind) for n in (heads, kv_heads, kv_heads))
         attend = torch.nn.functional.scaled_dot_product_attention
-        return lambda: attend(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+        return lambda: attend(q, k, v, is_causal=bool(hides), enable_gqa=heads != kv_heads)

@@ -71,7 +71,7 @@ def test_a_step_is_timed_over_more_than_a_gpu_keeps_beside_torch() -> None:
 
 def test_a_prompt_is_timed_beside_torch() -> None:
     calls: CALLS = []
-    line = TimedPrompt(counting_device(calls), (32, 8, 128, 512, True, 0)).times()
+    line = TimedPrompt(counting_device(calls), (32, 8, 128, 512, "causal", 0)).times()
     assert (line["case"], line["operations"]) == ("32x8x128_512_causal", 2 * 32 * 128 * 512 * 512)
     ours, theirs = calls
     q, k = (1, 512, 32, 128), (1, 512, 8, 128)
@@ -82,7 +82,7 @@ def test_a_prompt_is_timed_beside_torch() -> None:
 
 def test_prompts_over_packed_keys_and_behind_a_cache() -> None:
     calls: CALLS = []
-    TimedPrompt(counting_device(calls), (32, 8, 128, 512, True, 3)).times()
+    TimedPrompt(counting_device(calls), (32, 8, 128, 512, "causal", 3)).times()
     (name, shapes, _), _ = calls
     words = [(1, 8, 9, 4, count, 16) for count in (8, 16)]
     assert name == "prompt_t3k_32x8x128_512_causal"
