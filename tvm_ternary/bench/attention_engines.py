@@ -16,7 +16,7 @@ from tvm_ternary.bench.attention_case import AttentionEngine, Case, Exact, Float
 from tvm_ternary.bench.memory import aligned, aligned_copy
 from tvm_ternary.build.kernel import build_kernel
 from tvm_ternary.errors import OptionError
-from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.kernels.attention import Attention, pack_mask
 from tvm_ternary.kernels.ternary_keys import BLOCK, bytes_a_token, dequantize_block, pack, quantize_block
 from tvm_ternary.schedule.cpu.attention import attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
@@ -167,7 +167,7 @@ class Engines:
         packed = Packed(planes, planes, BYTE_DOTS[self._target.tier], PAIR_DOTS.get(self._target.tier))
         ways = packed, self._window
         # A mask is nothing to the keys.
-        unmasked = replace(shape, mask="")
+        unmasked = replace(shape, mask="", hidden=None)
         if (pack_keys, unmasked, planes) not in self._kernels:
             schedule = partial(pack_keys, unmasked, *ways, (1, None))
             self._kernels[pack_keys, unmasked, planes] = build_kernel(schedule, self._target)
@@ -233,14 +233,16 @@ def _float_bound(case: Case) -> float:
 def _attention(shape: HeadShape, layout: str, mask: str = "") -> Attention:
     """Of keys and values that lie so."""
     heads = (shape.heads, shape.kv_heads, shape.size, shape.size)
-    return Attention(*heads, shape.scale, key=layout, value=layout, mask=mask)
+    hidden = float("-inf") if mask else None
+    return Attention(*heads, shape.scale, key=layout, value=layout, mask=mask, hidden=hidden)
 
 
-def _causal_mask(case: Case) -> Floats:
-    """(1, 1, queries, keys), as a model gives it to attention."""
-    mask: Floats = aligned((1, 1, case.queries, case.keys), np.float32)
-    mask[0, 0][np.triu_indices(case.queries, case.keys - case.queries + 1, case.keys)] = -np.inf
-    return mask
+def _causal_mask(case: Case) -> npt.NDArray[np.int64]:
+    """Words of (1, 1, queries, keys), as the masks of models become them."""
+    words: npt.NDArray[np.int64] = aligned_copy(
+        pack_mask(np.tri(case.queries, case.keys, case.keys - case.queries, dtype=bool)[None, None])
+    )
+    return words
 
 
 def _count(number: int) -> npt.NDArray[np.int32]:
