@@ -66,6 +66,12 @@ SPELLINGS: dict[str, tuple[Callable[[Emit, relax.Expr], relax.Expr], set[float] 
     "integers": (integers, {0, -7}),
     "two numbers": (lambda emit, x: added(emit, x, -1e4, INF), {0, -1e4, INF}),
     "two lowest overflow": (lambda emit, x: added(emit, x, LOWEST, LOWEST), {0, LOWEST, INF}),
+    "integers of floats": (lambda emit, x: emit(R.astype(chosen(emit, x, INF), "int32")), None),
+    "large integers": (lambda emit, x: emit(R.where(seen(emit, x), number(2**62, "int64"), number(0, "int64"))), None),
+    "another format": (
+        lambda emit, x: emit(R.add(emit(R.astype(chosen(emit, x, INF), "bfloat16")), number(0, "bfloat16"))),
+        None,
+    ),
     "an input": (lambda emit, x: x, None),
     "a sum with an input": (lambda emit, x: emit(R.add(chosen(emit, x, INF), x)), None),
     "many numbers": (lambda emit, x: relax.const(np.arange(24, dtype=np.float32).reshape(4, 6)), None),

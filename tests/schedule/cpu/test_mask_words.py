@@ -68,6 +68,18 @@ def check(tier: str, kind: str, rows: int, keys: int, seed: int, known: int | No
     np.testing.assert_array_equal(words.numpy(), pack_mask(seen))
 
 
+def test_words_that_are_cut_out() -> None:
+    kept = te.placeholder([tirx.IntImm("int64", n) for n in (4, 130)], "bool", "kept")
+    words = mask_words(kept)
+    some = te.compute([tirx.IntImm("int64", n) for n in (2, 3)], lambda i, j: words[i + 2, j], "some")
+    target = tvm.target.Target(resolve(TIERS["portable"]).tvm)
+    scheduled, source = schedule_function(te.create_prim_func([kept, some]), simd_of(target))
+    assert source == "rule:mask"
+    seen, got = np.random.default_rng(0).random((4, 130)) < 0.5, tvm.runtime.tensor(np.zeros((2, 3), np.int64))
+    tvm.compile(tvm.IRModule({"main": scheduled}), target)["main"](tvm.runtime.tensor(seen), got)
+    np.testing.assert_array_equal(got.numpy(), pack_mask(seen)[2:])
+
+
 def test_bits_are_keys() -> None:
     seen = np.zeros((2, 1, 1, 130), bool)
     seen[1, 0, 0, [0, 63, 64, 129]] = True

@@ -21,6 +21,12 @@ _MOST = 8
 _SAME = ("reshape", "expand_dims", "squeeze", "broadcast_to", "permute_dims", "strided_slice", "repeat", "tile")
 """Operators whose results have only elements of their first operand."""
 
+_KINDS = "biuf"
+"""Of numbers that numpy has, too: booleans, integers and floats."""
+
+_EXACT = 2**53
+"""Up to here a float64 is any integer."""
+
 _PAIRS = ("add", "subtract", "multiply", "maximum", "minimum")
 
 Values = frozenset[float]
@@ -53,13 +59,13 @@ class KnownValues:
 
     def _computed(self, var: relax.Var) -> Values | None:
         call, dtype = self.flow.calls.get(var), str(var.ty.dtype)
-        name = "" if call is None else call.op.name.removeprefix("relax.")
-        if call is None or dtype == "bfloat16":
+        if call is None:
             return None
+        name = call.op.name.removeprefix("relax.")
         if name in _SAME:
             return self.of(call.args[0])
         if name == "astype":
-            return self._mapped(lambda x: x.astype(dtype), call.args[0])
+            return self._mapped(lambda x: x.astype(dtype), dtype, call.args[0])
         if name == "where":
             return self._joined(call.args[1:])
         if name == "concat":
@@ -70,7 +76,7 @@ class KnownValues:
         if name in ("full", "full_like"):
             return self.of(call.args[1])
         if name in _PAIRS:
-            return self._mapped(lambda a, b: getattr(np, name)(a, b).astype(dtype), *call.args)
+            return self._mapped(lambda a, b: getattr(np, name)(a, b).astype(dtype), dtype, *call.args)
         return None
 
     def _joined(self, operands: list[relax.Expr]) -> Values | None:
@@ -81,12 +87,15 @@ class KnownValues:
             result |= values
         return result if len(result) <= _MOST else None
 
-    def _mapped(self, function: object, *operands: relax.Expr) -> Values | None:
-        """What a function gives of any values of its operands, in their own precision."""
+    def _mapped(self, function: object, dtype: str, *operands: relax.Expr) -> Values | None:
+        """What a function gives of any values of its operands, in their own precision, as ``dtype``."""
         assert callable(function)
         values = [self.of(operand) for operand in operands]
         dtypes = [str(operand.ty.dtype) for operand in operands]
-        if any(known is None for known in values) or "bfloat16" in dtypes:
+        if any(known is None for known in values) or not all(map(_is_known, (*dtypes, dtype))):
+            return None
+        if dtype[0] in "iu" and any(name.startswith("float") for name in dtypes):
+            # What becomes of an infinity is anyone's guess.
             return None
         with np.errstate(all="ignore"):
             results = [
@@ -96,9 +105,20 @@ class KnownValues:
         return _few(np.array(results))
 
 
+def _is_known(dtype: str) -> bool:
+    try:
+        return np.dtype(dtype).kind in _KINDS
+    except TypeError:
+        return False
+
+
 def _few(array: npt.NDArray[np.generic]) -> Values | None:
     values = np.unique(array)
-    return frozenset(map(float, values)) if len(values) <= _MOST else None
+    if len(values) > _MOST or values.dtype.kind not in _KINDS:
+        return None
+    if values.dtype.kind in "iu" and any(abs(int(value)) > _EXACT for value in values):
+        return None
+    return frozenset(map(float, values))
 
 
 def only_hides(values: Values | None) -> float | None:

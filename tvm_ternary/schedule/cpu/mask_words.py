@@ -23,7 +23,7 @@ _RAGGED = 16
 
 
 def schedule_mask_words(program: Program, simd: Simd) -> PrimFunc | None:
-    """One row of words after another, after what could not be fused with them.
+    """One row of words after another, and what could not be fused with them before and behind.
 
     Parameters
     ----------
@@ -33,16 +33,17 @@ def schedule_mask_words(program: Program, simd: Simd) -> PrimFunc | None:
     Returns
     -------
     PrimFunc or None
-        None unless it ends with `kernels.mask_words.mask_words`, and all else are maps.
+        None unless it has the stage of `kernels.mask_words.mask_words`, and all others are maps.
     """
-    *maps, last = program.stages
-    if not last.name.startswith(NAME) or not all(stage.is_map for stage in maps):
+    if not any(stage.name.startswith(NAME) for stage in program.stages):
         return None
-    words = _Words.read(last)
-    if words is None:
-        return None
-    before = [map_stage(stage, simd, program.temporaries) for stage in maps]
-    return program.with_nest(sequence(before, words.write(simd)), program.temporaries)
+    parts = []
+    for stage in program.stages:
+        words = None if stage.is_map else _Words.read(stage)
+        if words is None and not stage.is_map:
+            return None
+        parts.append(map_stage(stage, simd, program.temporaries) if words is None else words.write(simd))
+    return program.with_nest(sequence(parts), program.temporaries)
 
 
 class _Words:
@@ -67,7 +68,7 @@ class _Words:
     @staticmethod
     def read(stage: Stage) -> _Words | None:
         """The stage as its definition has it; None if it is something else."""
-        if len(stage.reduced) != 1 or not isinstance(stage.body, BufferStore):
+        if not stage.name.startswith(NAME) or len(stage.reduced) != 1 or not isinstance(stage.body, BufferStore):
             return None
         shifted = stage.body.value.b if isinstance(stage.body.value, BitwiseOr) else None
         chosen = shifted.a if isinstance(shifted, LShift) else None
