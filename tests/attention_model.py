@@ -13,11 +13,14 @@ from tvm.relax import op as R
 
 from tests.graph.passes.small_graphs import make_module, random
 from tests.models import mlp
+from tvm_ternary.convert.float_model import SegmentRunner
 from tvm_ternary.graph.importer import ImportedModel, import_onnx
 from tvm_ternary.runtime.manifest import TensorSpec
 
 Array = npt.NDArray[Any]
 WIDTH, HEADS, KV, SIZE, SCALE = 16, 4, 2, 4, 0.5
+RUNNER = SegmentRunner(1)
+"""Of the model's segments each is compiled once for all tests."""
 WEIGHTS = {
     f"{name}{layer}": random(WIDTH, heads * SIZE, seed=layer) / WIDTH**0.5
     for layer in (0, 1)

@@ -8,14 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.attention_model import attention_model, attention_of, heads_of, outputs_of, sample
+from tests.attention_model import RUNNER, attention_model, attention_of, heads_of, outputs_of, sample
 from tvm_ternary.convert.attention import CalledAttention, attention_errors, choose_planes
-from tvm_ternary.convert.float_model import SegmentRunner
 from tvm_ternary.errors import InputError
 
 Array = npt.NDArray[Any]
 MODEL = attention_model()
-RUNNER = SegmentRunner(1)
 
 
 def test_outputs_are_those_of_the_model_in_the_order_of_the_samples() -> None:

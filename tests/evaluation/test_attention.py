@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.attention_model import attention_model, sample
+from tests.attention_model import RUNNER, attention_model, sample
 from tvm_ternary.convert.attention import CalledAttention
 from tvm_ternary.evaluation.attention import RoundedModel
 from tvm_ternary.evaluation.metric import Metric
@@ -16,7 +16,7 @@ SAMPLE = sample(130)
 
 @pytest.fixture(scope="module")
 def called() -> CalledAttention:
-    return CalledAttention(attention_model())
+    return CalledAttention(attention_model(), RUNNER)
 
 
 def test_what_is_packed_is_counted_and_changes_what_sees_it_alone(called: CalledAttention) -> None:
