@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.schedule.cuda import device
@@ -142,25 +143,38 @@ class Rows:
         """Scores in powers of two, or with a mask of floats of e; minus infinity where there is no key."""
         prompt = self.prompt
         floats = bool(self.shape.mask) and self.shape.hidden is None
-        visible = local(2, "int32")
+        visible, scale = local(2, "int32"), const(self.shape.scale * (1.0 if floats else LOG2E))
         for half in range(2):
             limit = self.total
             if prompt.causal:
                 limit = T.min(self.row + (8 * half + 1 - prompt.queries) + limit, limit)
             T.buffer_store(visible, limit - block * KEYS, [half])
         bits = self._bits(block) if isinstance(self.order, SeenAlone) else None
-        with unrolled(KEYS // 32) as n, unrolled(4) as j, unrolled(4) as c:
-            key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
-            place = 4 * (4 * n + j) + c
-            score = self.scores[place] * const(self.shape.scale * (1.0 if floats else LOG2E))
-            if floats:
-                # Added before anything else is done, so that what an importer's mask swallows is what its sum would.
-                row = T.min(self.row + 8 * half, prompt.queries - 1)
-                score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
-            if bits is not None:
-                bit = T.bitwise_and(bits[2 * half + n], T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2)))
-                score = T.Select(bit != T.uint32(0), score, score + const(self._hidden()))
-            T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
+        with T.If(self._all_seen(visible, bits)):
+            with T.Then(), unrolled(KEYS // 2) as i:
+                T.buffer_store(self.scores, self.scores[i] * scale, [i])
+            with T.Else(), unrolled(KEYS // 32) as n, unrolled(4) as j, unrolled(4) as c:
+                key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
+                place = 4 * (4 * n + j) + c
+                score = self.scores[place] * scale
+                if floats:
+                    # Added before anything else is done, so that what an importer's mask swallows its sum would.
+                    row = T.min(self.row + 8 * half, prompt.queries - 1)
+                    score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
+                if bits is not None:
+                    bit = T.bitwise_and(bits[2 * half + n], T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2)))
+                    score = T.Select(bit != T.uint32(0), score, score + const(self._hidden()))
+                T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
+
+    def _all_seen(self, visible: Expr, bits: Expr | None) -> Expr:
+        """Whether nothing hides a key of this thread's: so it is in most blocks."""
+        if self.shape.mask and bits is None:
+            return tirx.const(False, "bool")
+        seen = T.And(visible[0] >= KEYS, visible[1] >= KEYS)
+        if bits is not None:
+            common = T.bitwise_and(T.bitwise_and(bits[0], bits[1]), T.bitwise_and(bits[2], bits[3]))
+            seen = T.And(seen, T.bitwise_and(common, T.uint32(0xFF)) == T.uint32(0xFF))
+        return seen
 
     def _hidden(self) -> float:
         """What bits that are 0 add, in powers of two; what is finite stays so."""
