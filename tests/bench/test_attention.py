@@ -27,27 +27,27 @@ from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.target import resolve
 
 SHAPE = HeadShape(4, 2, 16)
-SCHEMES = [CacheScheme(), *(CacheScheme(*one) for one in ((1, 32), (2, 8), (2, 32), (3, 32)))]
+SCHEMES = [CacheScheme(), *(CacheScheme(*one) for one in ((1, 32), (2, 1), (2, 8), (2, 32), (3, 32)))]
 PEERS = ("ort-gqa", "ort-mha")
 
 
 @pytest.fixture(scope="module")
 def measured() -> list[AttentionMeasurement]:
     cases = list(cases_of([SHAPE], [200], [140], window=64))
-    of_prompts = [CacheScheme(), CacheScheme(2, 8)]
+    of_prompts = [CacheScheme(), CacheScheme(1, 1)]
     return list(measure_attention(cases, SCHEMES, prompt_schemes=of_prompts, peers=PEERS, window=64, turns=2))
 
 
 def test_every_scheme_of_a_step_and_both_prompts(measured: list[AttentionMeasurement]) -> None:
     assert [(one.case.kind, str(one.scheme)) for one in measured] == [
-        *(("step", name) for name in ("full", "t1a32", "t2a8", "t2a32", "t3a32")),
+        *(("step", name) for name in ("full", "t1a32", "t2a1", "t2a8", "t2a32", "t3a32")),
         ("prompt, causal", "full"),
-        ("prompt, causal", "t2a8"),
+        ("prompt, causal", "t1a1"),
         ("prompt", "full"),
-        ("prompt", "t2a8"),
+        ("prompt", "t1a1"),
     ]
     for one in measured:
-        assert one.error < (3e-2 if one.scheme.bits == 8 else 1e-5)
+        assert one.error < (3e-2 if one.scheme.rounded else 1e-5)
         assert one.time.median > 0
         assert one.reached > 0
         assert one.peers.keys() == one.ratios.keys() == one.peer_errors.keys()
@@ -84,9 +84,9 @@ def test_tables(measured: list[AttentionMeasurement]) -> None:
     table = attention_table(measured)
     assert table.columns[-4:] == ("ort-gqa ms", "ratio", "ort-mha ms", "ratio")
     assert [row[:5] for row in table.rows[-3:]] == [
-        ("4/2x16", "prompt, causal", "140", "1", "t2a8"),
+        ("4/2x16", "prompt, causal", "140", "1", "t1a1"),
         ("4/2x16", "prompt", "140", "1", "full"),
-        ("4/2x16", "prompt", "140", "1", "t2a8"),
+        ("4/2x16", "prompt", "140", "1", "t1a1"),
     ]
     assert all(len(row) == len(table.columns) for row in table.rows)
     refused = refusals_table(measured)
@@ -243,14 +243,14 @@ def test_bad_shapes(text: str) -> None:
         HeadShape.parse(text)
 
 
-@pytest.mark.parametrize("text", ["full", "t1a8", "t3a32"])
+@pytest.mark.parametrize("text", ["full", "t1a1", "t3a32"])
 def test_schemes(text: str) -> None:
     assert str(CacheScheme.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "t0a8", "t4a8", "t1a16", "t1", "Full", "t1a8g64"])
 def test_bad_schemes(text: str) -> None:
-    with pytest.raises(OptionError, match=r"unknown; expected full or t\{1-3\}a\{8\|32\}"):
+    with pytest.raises(OptionError, match=r"unknown; expected full or t\{1-3\}a\{1\|8\|32\}"):
         CacheScheme.parse(text)
 
 

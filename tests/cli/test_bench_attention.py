@@ -57,7 +57,7 @@ def test_several_threads_without_peers() -> None:
     [
         (("--shapes", "4"), "shapes: got '4'; expected HEADS/KVxSIZE"),
         (("--shapes", "3/2x64"), "shapes: got '3/2x64'; expected numbers from 1, the second a divisor of the first"),
-        (("--schemes", "full,t9a8"), "scheme 't9a8': unknown; expected full or t{1-3}a{8|32}"),
+        (("--schemes", "full,t9a8"), "scheme 't9a8': unknown; expected full or t{1-3}a{1|8|32}"),
         (("--prompt-schemes", "t2a32"), "prompt scheme t2a32: queries of a prompt are rounded where keys are"),
         (("--cached", "x"), "--cached: N is 'x'"),
         (("--cached", "100"), "cached: is 100; of up to 127 tokens none is packed"),

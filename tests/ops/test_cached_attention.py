@@ -74,7 +74,7 @@ def test_a_prompt_leaves_what_its_tokens_leave() -> None:
     np.testing.assert_array_equal(at_once(*fresh), one_by_one(*fresh))
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [1, 8, 32])
 def test_no_token_sees_a_later_one(bits: int) -> None:
     q, k, v = tokens(150)
     first = make(activation_bits=bits)(q, k, v)
@@ -163,7 +163,7 @@ def test_arrays_that_do_not_fit(change: Any, message: str) -> None:
     ("options", "message"),
     [
         ({"kv_heads": 3}, "kv_heads 3: does not divide the 4 heads"),
-        ({"activation_bits": 16}, "activation_bits 16: does not exist here; expected 8 or 32"),
+        ({"activation_bits": 16}, "activation_bits 16: does not exist here; expected 1, 8 or 32"),
         ({"planes": 4}, "cache key_planes 4: does not exist; expected 1 to 3"),
         ({"window": 10}, "cache window 10: is no multiple of 64"),
         ({"batch": 0}, "cache batch 0: is too small"),

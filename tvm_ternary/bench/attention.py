@@ -230,7 +230,7 @@ def measure_attention(
 
 def _peak(roofline: Roofline, case: Case, scheme: CacheScheme, *, pairs: bool) -> float:
     """Of both products: with ``pairs`` a prompt's values are 16-bit numbers, half as many at once as bytes."""
-    if scheme.bits != 8:
+    if not scheme.rounded:
         return roofline.float32_peak
     if case.step:
         return roofline.int8_peak

@@ -16,6 +16,7 @@ from tvm_ternary.bench.memory import aligned_copy
 from tvm_ternary.bench.model import relative_error
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.attention import reference_attention
+from tvm_ternary.kernels.ternary_queries import ternary_scores
 
 Floats = npt.NDArray[np.float32]
 Exact = npt.NDArray[np.float64]
@@ -145,16 +146,42 @@ class Operands:
         -------
         (1, up to 3, heads, size)
         """
+        return self._by_query(reference_attention(self._asked, k, v, self.case.shape.scale, self._mask))
+
+    def attend_trits(self, codes: npt.NDArray[np.int8], key_scale: Floats, v: npt.NDArray[np.floating]) -> Exact:
+        """The same for queries that become trits, anew for each packed block of keys; the keys behind are exact.
+
+        Parameters
+        ----------
+        codes : (1, kv heads, blocks, `BLOCK`, size) int8
+        key_scale : (1, kv heads, blocks, size)
+        v : (1, kv heads, keys, size)
+        """
+        scale, packed = self.case.shape.scale, codes.shape[2] * codes.shape[3]
+        last = scale * self._asked.astype(np.float64) @ self.by_head[0][:, :, packed:].swapaxes(-1, -2)
+        scores = np.concatenate([ternary_scores(self._asked, codes, key_scale, scale), last], axis=-1)
+        scores += 0.0 if self._mask is None else self._mask
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return self._by_query(weights / weights.sum(axis=-1, keepdims=True) @ v.astype(np.float64))
+
+    @property
+    def _asked(self) -> Floats:
+        """The queries that are looked at; heads that share keys are rows of one, so that no key is repeated."""
+        shape, rows = self.case.shape, checked(self.case.queries)
+        asked: Floats = self.q[:, rows].swapaxes(1, 2).reshape(1, shape.kv_heads, shape.group * len(rows), shape.size)
+        return asked
+
+    @property
+    def _mask(self) -> Exact | None:
         case, rows = self.case, checked(self.case.queries)
-        dims = (1, case.shape.kv_heads, case.shape.group * len(rows), case.shape.size)
-        mask = None
-        if case.causal:
-            seen = np.arange(case.keys) <= (case.keys - case.queries + np.array(rows))[:, None]
-            mask = np.tile(np.where(seen, 0.0, -np.inf), (case.shape.group, 1))
-        # The heads that share keys are rows of one product: no key is repeated.
-        asked = self.q[:, rows].swapaxes(1, 2).reshape(dims)
-        found = reference_attention(asked, k, v, case.shape.scale, mask)
-        return found.reshape(1, case.shape.heads, len(rows), case.shape.size).swapaxes(1, 2)
+        if not case.causal:
+            return None
+        seen = np.arange(case.keys) <= (case.keys - case.queries + np.array(rows))[:, None]
+        return np.tile(np.where(seen, 0.0, -np.inf), (case.shape.group, 1))
+
+    def _by_query(self, found: Exact) -> Exact:
+        rows = len(checked(self.case.queries))
+        return found.reshape(1, self.case.shape.heads, rows, self.case.shape.size).swapaxes(1, 2)
 
 
 def checked(queries: int) -> list[int]:

@@ -22,7 +22,7 @@ from tvm_ternary.schedule.cpu.attention import attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
 from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
 from tvm_ternary.schedule.cpu.nest import index
-from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
+from tvm_ternary.schedule.intrinsics import BIT_COUNTS, BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import Target
 
 FULL = "full"
@@ -31,12 +31,14 @@ FULL = "full"
 # Of Gaussian operands, queries and weights rounded to int8, too.
 _INT8_BOUND = 3e-2
 _FLOAT_BYTES = 4
-_ROUNDED_BITS = 8
+_FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
 class CacheScheme:
     """How keys and values are held: ``full``, or ``t2a8`` for two planes and queries rounded to 8 bits.
+
+    With ``a1`` queries become trits.
 
     A step's cache holds both so, a prompt only keys.
 
@@ -45,7 +47,7 @@ class CacheScheme:
     planes : int
         0 for float32.
     bits : int
-        Of what they are multiplied by, 8 or 32.
+        Of what they are multiplied by, 8 or 32; 1 if queries are trits, and weights bytes.
     """
 
     planes: int = 0
@@ -62,9 +64,9 @@ class CacheScheme:
         """
         if text == FULL:
             return cls()
-        match = re.fullmatch("t([1-3])a(8|32)", text)
+        match = re.fullmatch("t([1-3])a(1|8|32)", text)
         if match is None:
-            raise OptionError(f"scheme {text!r}", "unknown; expected full or t{1-3}a{8|32}", "for example full,t2a8")
+            raise OptionError(f"scheme {text!r}", "unknown; expected full or t{1-3}a{1|8|32}", "for example full,t2a8")
         return cls(int(match[1]), int(match[2]))
 
     def check_prompt(self) -> None:
@@ -75,9 +77,19 @@ class CacheScheme:
         OptionError
             If they are ternary and queries are not rounded.
         """
-        if self.planes and self.bits != _ROUNDED_BITS:
-            problem = "queries of a prompt are rounded where keys are; expected full or t{1-3}a8"
+        if self.planes and not self.rounded:
+            problem = "queries of a prompt are rounded where keys are; expected full or t{1-3}a{1|8}"
             raise OptionError(f"prompt scheme {self}", problem, "for example full,t2a8")
+
+    @property
+    def rounded(self) -> bool:
+        """Whether what they are multiplied by is."""
+        return self.bits < _FLOAT_BITS
+
+    @property
+    def trits(self) -> bool:
+        """Whether queries are trits."""
+        return self.bits == 1
 
     def __str__(self) -> str:
         return f"t{self.planes}a{self.bits}" if self.planes else FULL
@@ -103,10 +115,21 @@ def blocks_of(tokens: int, window: int) -> int:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The packed blocks of a cache in the kernel's order, and what attention over them gives exactly."""
+    """The packed blocks of a cache in the kernel's order, and what attention over them gives exactly.
+
+    Attributes
+    ----------
+    arrays : sequence of array
+    want : array
+    keys : (numbers, scales)
+    values : array
+        What all values stand for.
+    """
 
     arrays: Sequence[npt.NDArray[Any]]
     want: Exact
+    keys: tuple[npt.NDArray[np.int8], Floats]
+    values: Exact
 
 
 class Engines:
@@ -146,25 +169,29 @@ class Engines:
 
     def _step(self, operands: Operands, scheme: CacheScheme, blocks: _Blocks) -> AttentionEngine:
         case = operands.case
-        shape = _attention(case.shape, "bhld")
+        shape, packed = _attention(case.shape, "bhld"), self._ways(scheme)
         if (shape, scheme) not in self._kernels:
-            dot = BYTE_DOTS[self._target.tier] if scheme.bits == 8 else None
-            packed = Packed(scheme.planes, scheme.planes, dot)
             schedule = partial(attention_step, shape, packed, (1, 1, None, None))
             self._kernels[shape, scheme] = build_kernel(schedule, self._target)
         full = blocks_of(case.keys, self._window)
         latest = [aligned_copy(one[:, :, full * BLOCK :]) for one in operands.by_head]
         counts = [_count(full), _count(case.keys - full * BLOCK)]
-        bound = _INT8_BOUND if scheme.bits == 8 else _float_bound(case)
+        bound = _INT8_BOUND if scheme.rounded else _float_bound(case)
         inputs = [operands.q, *blocks.arrays, *latest, *counts]
-        return _engine(str(scheme), self._kernels[shape, scheme], inputs, blocks.want, bound)
+        want = operands.attend_trits(*blocks.keys, blocks.values) if scheme.trits else blocks.want
+        return _engine(str(scheme), self._kernels[shape, scheme], inputs, want, bound)
+
+    def _ways(self, scheme: CacheScheme) -> Packed:
+        tier, planes = self._target.tier, scheme.planes
+        dot = BYTE_DOTS[tier] if scheme.rounded else None
+        return Packed(planes, planes, dot, PAIR_DOTS.get(tier), scheme.trits, tier in BIT_COUNTS)
 
     def _prompt(self, operands: Operands, scheme: CacheScheme) -> AttentionEngine:
         """Keys are packed in every call, but for the last ones, and their values are rounded as the tier wants it."""
         scheme.check_prompt()
         case, planes = operands.case, scheme.planes
         shape = _attention(case.shape, "blhd", "ms" if case.causal else "")
-        packed = Packed(planes, planes, BYTE_DOTS[self._target.tier], PAIR_DOTS.get(self._target.tier))
+        packed = self._ways(scheme)
         ways = packed, self._window
         # A mask is nothing to the keys.
         unmasked = replace(shape, mask="", hidden=None)
@@ -177,10 +204,9 @@ class Engines:
         pack_them, attend = self._kernels[pack_keys, unmasked, planes], self._kernels[shape, scheme]
         room = words_of(shape, packed, index(1), index(case.keys))
         blocks = [aligned(tuple(int(size) for size in extents), dtype) for extents, dtype in room]
-        stands_for = rounded(operands.by_head[0], planes, -2, blocks_of(case.keys, self._window))
         masks = [_causal_mask(case)] if case.causal else []
         inputs = [operands.q, *blocks, operands.k, operands.v, *masks]
-        want = operands.attend(stands_for, operands.by_head[1])
+        want = self._prompt_want(operands, scheme)
         engine = _engine(str(scheme), attend, inputs, want, _INT8_BOUND)
         to_pack = [tvm_ffi.from_dlpack(array) for array in (operands.k, operands.v, *blocks)]
 
@@ -193,6 +219,13 @@ class Engines:
         moved = engine.bytes + operands.k.nbytes + operands.v.nbytes + sum(array.nbytes for array in blocks)
         return replace(engine, call=call, bytes=moved)
 
+    def _prompt_want(self, operands: Operands, scheme: CacheScheme) -> Exact:
+        k, v = operands.by_head
+        full = blocks_of(operands.case.keys, self._window)
+        if scheme.trits:
+            return operands.attend_trits(*_quantize(k, scheme.planes, -2, full), v)
+        return operands.attend(rounded(k, scheme.planes, -2, full), v)
+
     def _quantized(self, operands: Operands, planes: int) -> _Blocks:
         """Quantize and pack all but the last tokens."""
         case = operands.case
@@ -200,20 +233,25 @@ class Engines:
         if not full:
             problem = f"{case.keys} tokens are all among the last {self._window}, which stay float32"
             raise OptionError("cached", problem, f"give at least {self._window + BLOCK}")
-        blocked = (1, case.shape.kv_heads, full, BLOCK, case.shape.size)
         arrays: list[npt.NDArray[Any]] = []
         meant = []
         for one, axis in zip(operands.by_head, (-2, -1), strict=True):
-            codes, scale = quantize_block(one[:, :, : full * BLOCK].reshape(blocked), planes, axis)
+            codes, scale = _quantize(one, planes, axis, full)
             arrays += [*pack(codes if axis == -2 else codes.swapaxes(-1, -2), planes), scale]
             meant.append(rounded(one, planes, axis, full))
-        return _Blocks([aligned_copy(array) for array in arrays], operands.attend(*meant))
+        keys = _quantize(operands.by_head[0], planes, -2, full)
+        return _Blocks([aligned_copy(array) for array in arrays], operands.attend(*meant), keys, meant[1])
+
+
+def _quantize(one: Floats, planes: int, axis: int, blocks: int) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Numbers and scales of so many blocks of keys (``axis`` -2) or values (-1), by head and token."""
+    parts = one[:, :, : blocks * BLOCK].reshape(*one.shape[:2], blocks, BLOCK, one.shape[-1])
+    return quantize_block(parts, planes, axis)
 
 
 def rounded(one: Floats, planes: int, axis: int, blocks: int) -> Exact:
     """Keys (``axis`` -2) or values (-1), by head and token, with so many blocks as they are once packed."""
-    parts = one[:, :, : blocks * BLOCK].reshape(*one.shape[:2], blocks, BLOCK, one.shape[-1])
-    stands_for = dequantize_block(*quantize_block(parts, planes, axis), axis)
+    stands_for = dequantize_block(*_quantize(one, planes, axis, blocks), axis)
     return np.concatenate([stands_for.reshape(*one.shape[:2], -1, one.shape[-1]), one[:, :, blocks * BLOCK :]], 2)
 
 

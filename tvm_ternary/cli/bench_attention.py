@@ -33,9 +33,9 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--cached", metavar="N,...|none", default="4096,32768", help=cached)
     prompts = "lengths of prompts (default: %(default)s)"
     parser.add_argument("--prompts", metavar="N,...|none", default="512,1024,2048,4096", help=prompts)
-    schemes = "of a step's cache: full, or t{planes 1-3}a{8|32} (default: %(default)s)"
+    schemes = "of a step's cache: full, or t{planes 1-3}a{1|8|32} (default: %(default)s)"
     parser.add_argument("--schemes", metavar="NAME,...", default="full,t1a8,t1a32,t2a8,t2a32", help=schemes)
-    keys = "of a prompt's keys: full, or t{planes 1-3}a8; values are float32 (default: %(default)s)"
+    keys = "of a prompt's keys: full, or t{planes 1-3}a{1|8} (default: %(default)s)"
     parser.add_argument("--prompt-schemes", metavar="NAME,...", default="full,t2a8", help=keys)
     window = "last tokens that a ternary cache holds in float32 (default: %(default)s)"
     parser.add_argument("--window", metavar="N", type=int, default=128, help=window)

@@ -21,7 +21,7 @@ from tvm_ternary.schedule.intrinsics import BYTE_DOTS
 from tvm_ternary.target import Target, require_host, resolve
 
 Floats = npt.NDArray[np.float32]
-_BITS = (8, 32)
+_BITS = (1, 8, 32)
 
 
 class CachedAttention:
@@ -36,8 +36,8 @@ class CachedAttention:
     def __init__(self, shape: CacheShape, heads: int, scale: float, activation_bits: int, target: Target) -> None:
         self.heads = heads
         attention = Attention(heads, shape.kv_heads, shape.size, shape.value_size, scale, key="bhld", value="bhld")
-        rounded = activation_bits == 8
-        packed = Packed(shape.key_planes, shape.value_planes, BYTE_DOTS[target.tier] if rounded else None)
+        dot = None if activation_bits == max(_BITS) else BYTE_DOTS[target.tier]
+        packed = Packed(shape.key_planes, shape.value_planes, dot, trits=activation_bits == min(_BITS))
         build = _Builder(target)
         known = (shape.batch, None, shape.blocks, shape.room)
         append = build(append_tokens(attention, packed, shape.window, known, build.simd))
@@ -133,7 +133,8 @@ def cached_attention(
     scale : float, optional
         Of the scores. None: 1 / sqrt(size).
     activation_bits : int
-        8 rounds queries and weights to bytes, by one scale a row and block; 32 keeps them.
+        8 rounds queries and weights to bytes, by one scale a row and block; 1 rounds queries to trits, and weights to
+        bytes; 32 keeps them.
     target : str or mapping
         As in `tvm_ternary.compile`; it must be a CPU, one that this host can run.
 
@@ -153,7 +154,7 @@ def cached_attention(
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise OptionError(f"kv_heads {kv_heads}", f"does not divide the {heads} heads of the queries")
     if activation_bits not in _BITS:
-        raise OptionError(f"activation_bits {activation_bits}", "does not exist here; expected 8 or 32")
+        raise OptionError(f"activation_bits {activation_bits}", "does not exist here; expected 1, 8 or 32")
     of_keys, of_values = (planes, planes) if isinstance(planes, int) else planes
     values = size if value_size is None else value_size
     shape = CacheShape(batch, kv_heads, size, values, capacity, of_keys, of_values, window)

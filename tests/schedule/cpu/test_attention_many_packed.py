@@ -18,6 +18,7 @@ from tests.schedule.cpu.test_attention import causal, placed
 from tvm_ternary.kernels.attention import AXES, Attention, reference_attention
 from tvm_ternary.kernels.paired_values import LARGEST_VALUE, LARGEST_WEIGHT, pair, round_block
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, pack, quantize_block
+from tvm_ternary.kernels.ternary_queries import ternary_scores
 from tvm_ternary.schedule.cpu.attention.packed import Packed
 from tvm_ternary.schedule.cpu.attention.prefill import attention_prefill
 from tvm_ternary.schedule.cpu.simd import simd_of
@@ -33,9 +34,11 @@ UNKNOWN: Lengths = (None,) * 4
 
 
 @cache
-def compiled(tier: str, shape: Attention, planes: int, lengths: Lengths) -> Any:
+def compiled(
+    tier: str, shape: Attention, planes: int, lengths: Lengths, trits: bool = False, bits: bool = False
+) -> Any:
     target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
-    packed = Packed(planes, planes, BYTE_DOTS[DOTS[tier]], PAIR_DOTS.get(DOTS[tier]))
+    packed = Packed(planes, planes, BYTE_DOTS[DOTS[tier]], PAIR_DOTS.get(DOTS[tier]), trits, bits)
     function = attention_prefill(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
     return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
 
@@ -51,6 +54,8 @@ class Case:
     latest: int
     batch: int = 1
     seed: int = 0
+    trits: bool = False
+    bits: bool = False
 
     def __post_init__(self) -> None:
         shape, batch, seed = self.shape, self.batch, self.seed
@@ -76,7 +81,7 @@ class Case:
         operands += [placed(self.k, shape.key), placed(self.v, shape.value)]
         operands += [] if self.mask is None else [self.mask]
         tensors = [tvm.runtime.tensor(x) for x in (*operands, placed(out, shape.out))]
-        compiled(tier, shape, self.planes, lengths)(*tensors)
+        compiled(tier, shape, self.planes, lengths, self.trits, self.bits)(*tensors)
         return tensors[-1].numpy().transpose([shape.out.index(axis) for axis in AXES])
 
     def all_keys(self) -> np.ndarray:
@@ -90,7 +95,20 @@ class Case:
         return self.v[:, :, : self.blocks * BLOCK].reshape(*outer, self.shape.value_size)
 
     def want(self) -> np.ndarray:
-        return reference_attention(self.q, self.all_keys(), self.v, self.shape.scale, self.mask)
+        if not self.trits:
+            return reference_attention(self.q, self.all_keys(), self.v, self.shape.scale, self.mask)
+        # With an identity for keys, queries are scores.
+        keys = np.broadcast_to(np.eye(self.keys), (self.batch, self.shape.kv_heads, self.keys, self.keys))
+        return reference_attention(self.scores(), keys, self.v, 1.0, self.mask)
+
+    def scores(self) -> np.ndarray:
+        """Before a mask is added."""
+        keys = np.repeat(self.all_keys(), self.shape.group, axis=1)
+        scores = self.shape.scale * self.q.astype(np.float64) @ keys.swapaxes(-1, -2)
+        if self.trits:
+            found = ternary_scores(self.q, self.codes, self.key_scale, self.shape.scale)
+            scores[..., : self.blocks * BLOCK] = found
+        return scores
 
     def check(self, tier: str, lengths: Lengths = UNKNOWN) -> None:
         got, want, bound = self.run(tier, lengths), self.want(), self.bound(paired=DOTS[tier] in PAIR_DOTS)
@@ -108,11 +126,12 @@ class Case:
         keys = np.repeat(np.abs(self.all_keys()), group, axis=1)
         products = shape.scale * np.abs(self.q.astype(np.float64)) @ keys.swapaxes(-1, -2)
         mask = np.zeros(1) if self.mask is None else np.abs(np.where(self.mask > -1e30, self.mask, 0))
+        products = np.maximum(products, np.abs(self.scores()))
         off = ((shape.size + 8) * products + 4 * (products + mask)).max(-1, keepdims=True) * EPSILON
         scales = np.repeat(self.key_scale.astype(np.float64), group, axis=1)
         step = np.abs(shape.scale * self.q[:, :, None] * scales[:, :, :, None]).max(-1) / 127  # (b, h, blocks, queries)
         numbers = np.abs(np.repeat(self.codes.astype(np.float64), group, axis=1)).sum(-1).max(-1)  # (b, h, blocks)
-        wrong = (0 if exact else 0.5) + 4 * 127 * EPSILON
+        wrong = (0 if exact or self.trits else 0.5) + 4 * 127 * EPSILON
         off = off + (wrong * step * numbers[..., None]).max(2, initial=0)[..., None]
         moved = np.expm1(2 * off) + 2 * (3e-7 + (self.keys + 4 * self.keys // BLOCK) * EPSILON)
         bound = moved * reference_attention(self.q, self.all_keys(), np.abs(self.v), shape.scale, self.mask)
@@ -126,10 +145,8 @@ class Case:
         (u - w) (x - r) + w (x - v) over the sum of u. A weight is off by half a step, and 3e-6 of itself for its
         polynomial, a value by half a step and by what two products are rounded.
         """
-        shape, group = self.shape, self.shape.group
-        keys, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (self.all_keys(), self.v))
-        scores = shape.scale * self.q.astype(np.float64) @ keys.swapaxes(-1, -2)
-        scores = scores if self.mask is None else scores + self.mask
+        v = np.repeat(self.v.astype(np.float64), self.shape.group, axis=1)
+        scores = self.scores() if self.mask is None else self.scores() + self.mask
         blocks = np.arange(self.blocks * BLOCK).reshape(self.blocks, BLOCK)
         peak = scores.max(-1, keepdims=True)
         w = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
@@ -138,7 +155,7 @@ class Case:
         off[..., blocks] = largest[..., None] * 0.5 / LARGEST_WEIGHT + 4e-6 * w[..., blocks]
         step = np.zeros_like(v)
         step[:, :, blocks] = np.abs(v[:, :, blocks]).max(3, keepdims=True) * (0.5 / LARGEST_VALUE + 2 * EPSILON)
-        result = np.abs(reference_attention(self.q, self.all_keys(), self.v, shape.scale, self.mask))
+        result = np.abs(self.want())
         total = w.sum(-1, keepdims=True) - off.sum(-1, keepdims=True)
         apart = off @ (np.abs(v) + step) + off.sum(-1, keepdims=True) * result
         return np.asarray((apart + w @ step) / np.where(total > 0, total, 1))
@@ -282,8 +299,22 @@ def test_one_large_weight_and_a_long_flat_tail(tier: str) -> None:
 
 
 @pytest.mark.skipif("avx512_vnni" not in host_features(), reason="needs avx512_vnni")
-def test_one_instruction_for_pairs() -> None:
+def test_one_instruction_for_pairs_and_one_for_bits() -> None:
     Case(SHAPE, 2, 35, 2, 9).check(VNNI, (1, 35, 2, 9))
+    Case(replace(SHAPE, size=64), 1, 35, 2, 0, trits=True, bits=True).check(VNNI, (1, 35, 2, 0))
+
+
+@pytest.mark.parametrize(("planes", "size", "bits"), [(2, 20, False), (1, 20, True), (1, 100, True)])
+def test_queries_of_trits(planes: int, size: int, bits: bool) -> None:
+    """An integer that is off by one would move a weight by more than the bound, which is that of a float's digits."""
+    case = Case(replace(SHAPE, size=size, mask=""), planes, 35, 2, 9, trits=True, bits=bits)
+    case.check("avx2", (1, 35, 2, 9))
+    case.q[0, 1, 0, 3] = np.nan
+    got = case.run("avx2", (1, 35, 2, 9))
+    assert np.isnan(got[0, 1, 0]).all()
+    assert np.isfinite(np.delete(got[0], 1, axis=0)).all()
+    case.q[:] = 0
+    case.check("avx2", (1, 35, 2, 9))
 
 
 @settings(max_examples=40)

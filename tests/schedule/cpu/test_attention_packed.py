@@ -14,6 +14,7 @@ import tvm
 from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
 from tvm_ternary.kernels.attention import Attention, reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, pack, quantize_block
+from tvm_ternary.kernels.ternary_queries import ternary_scores
 from tvm_ternary.schedule.cpu.attention.packed import SPAN, Packed, attention_step
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
@@ -26,9 +27,11 @@ UNKNOWN: Lengths = (None,) * 4
 
 
 @cache
-def compiled(tier: str, shape: Attention, planes: tuple[int, int], rounded: bool, lengths: Lengths) -> Any:
+def compiled(
+    tier: str, shape: Attention, planes: tuple[int, int], rounded: bool, lengths: Lengths, trits: bool = False
+) -> Any:
     target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
-    packed = Packed(*planes, BYTE_DOTS[DOTS[tier]] if rounded else None)
+    packed = Packed(*planes, BYTE_DOTS[DOTS[tier]] if rounded else None, trits=trits)
     function = attention_step(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
     return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
 
@@ -43,6 +46,7 @@ class Case:
     full: tuple[int, ...]
     recent: tuple[int, ...]
     seed: int = 0
+    trits: bool = False
 
     def __post_init__(self) -> None:
         shape, batch, seed = self.shape, len(self.full), self.seed
@@ -70,7 +74,7 @@ class Case:
         arrays[0] = self.q.transpose([dims[axis] for axis in self.shape.query])
         out = out.transpose([dims[axis] for axis in self.shape.out])
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in (*arrays, out)]
-        compiled(tier, self.shape, self.planes, rounded, lengths)(*tensors)
+        compiled(tier, self.shape, self.planes, rounded, lengths, self.trits)(*tensors)
         return np.asarray(tensors[-1].numpy()).transpose([self.shape.out.index(axis) for axis in "bhld"])
 
     def check(self, tier: str, rounded: bool, lengths: Lengths = UNKNOWN) -> None:
@@ -84,7 +88,7 @@ class Case:
 
         A score that is off by e moves weights by the factor exp(e), and so does their sum. Rounded, a query's element
         is off by half a step of its block, which counts as often as the key's number says; and so is a weight by half a
-        step of its span.
+        step of its span. Trits of a query are what they should be.
         """
         shape, group = self.shape, self.shape.group
         here = np.s_[b, :, :full]
@@ -97,19 +101,24 @@ class Case:
         total = full * BLOCK + recent
         mask = np.where(np.arange(total) <= total - self.queries + np.arange(self.queries)[:, None], 0.0, -np.inf)
         q = self.q[b].astype(np.float64)
-        want = reference_attention(q[None], k[None], v[None], shape.scale, mask)[0]
         wide_k, wide_v = (np.repeat(x, group, 0) for x in (k, v))
         products = shape.scale * np.abs(q) @ np.abs(wide_k).swapaxes(-1, -2)
+        scores = shape.scale * q @ wide_k.swapaxes(-1, -2)
+        if self.trits:
+            scores[..., : full * BLOCK] = ternary_scores(self.q[[b]], kc[None], ks[None], shape.scale)[0]
+            products = np.maximum(products, np.abs(scores))
         off = ((shape.size + 8) * products).max(-1, keepdims=True) * EPSILON
-        if rounded:
+        if rounded and not self.trits:
             asked = np.abs(shape.scale * q[:, None] * np.repeat(ks, group, 0)[:, :, None])
             step = asked.max(-1) / 127  # (heads, blocks, queries)
             codes = np.abs(np.repeat(kc, group, 0).astype(np.float64)).sum(-1)  # (heads, blocks, tokens)
             off = off + (0.5 * step[..., None] * codes[:, :, None]).max((1, 3), initial=0)[..., None]
         moved = np.expm1(2 * off) + 2 * (3e-7 + (total + 4 * total // BLOCK) * EPSILON)
-        scores = shape.scale * q @ wide_k.swapaxes(-1, -2) + mask
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = np.exp(scores + mask - (scores + mask).max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
+        # An identity for keys makes scores of queries.
+        ones = np.eye(total)[None].repeat(shape.kv_heads, 0)
+        want = reference_attention(scores[None], ones[None], v[None], 1.0, mask)[0]
         bound = moved * (weights @ np.abs(wide_v))
         if rounded and full:
             packed = weights[..., : full * BLOCK].reshape(*weights.shape[:2], full, BLOCK)
@@ -126,6 +135,15 @@ class Case:
 def test_planes(tier: str, planes: tuple[int, int], rounded: bool) -> None:
     for queries, full, recent in itertools.product((1, 3), ((0, 2), (7, 4)), ((5, 70), (64, 3))):
         Case(SHAPE, planes, queries, full, recent).check(tier, rounded)
+
+
+def test_queries_of_trits() -> None:
+    case = Case(SHAPE, (2, 2), 3, (7, 4), (64, 3), trits=True)
+    case.check("avx2", True)
+    case.q[1, 2, 1, 5] = np.inf
+    got = case.run("avx2", True)
+    assert np.isnan(got[1, 2, 1]).all()
+    assert np.isfinite(np.delete(got[1], 2, axis=0)).all()
 
 
 @pytest.mark.parametrize("rounded", [False, True])

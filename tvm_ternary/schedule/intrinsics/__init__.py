@@ -45,7 +45,16 @@ from tvm_ternary.schedule.intrinsics.dense import (
 )
 from tvm_ternary.schedule.intrinsics.panel import decode_intrinsic, panel_block
 
-__all__ = ["BYTE_DOTS", "IMPLEMENTATIONS", "PAIR_DOTS", "ByteDot", "PairDot", "decode_intrinsic", "matmul_intrinsic"]
+__all__ = [
+    "BIT_COUNTS",
+    "BYTE_DOTS",
+    "IMPLEMENTATIONS",
+    "PAIR_DOTS",
+    "ByteDot",
+    "PairDot",
+    "decode_intrinsic",
+    "matmul_intrinsic",
+]
 
 BYTE_DOTS: dict[str, ByteDot] = {
     "portable": portable.DOT,
@@ -68,6 +77,9 @@ PAIR_DOTS: dict[str, PairDot] = {
     "amx": x86.vnni_pairs(16),
 }
 """Tier to its dot product of 16-bit pairs, for tiers that multiply twice as many of these at once as floats."""
+
+BIT_COUNTS = frozenset({"avx512-vnni", "amx"})
+"""Tiers that count the bits of 32-bit lanes in one instruction."""
 
 _ONE_INSTRUCTION = frozenset({"avx2-vnni", "avx512-vnni", "amx", "neon-dot"})
 """Tiers whose dot product of bytes is a single instruction."""

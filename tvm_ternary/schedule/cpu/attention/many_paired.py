@@ -85,7 +85,7 @@ class ManyPaired(ManyPacked):
             exact = sequence(join, self._weigh(self.on, first, index(BLOCK)))
             look, nothing = self._adds_nothing(first)
             weigh = sequence(look, IfThenElse(nothing, weigh, exact))
-        return self._block(self.on, first, index(BLOCK), sequence(start, self._packed_scores(block)), weigh)
+        return self._block(self.on, first, index(BLOCK), sequence(start, self.block_scores.write(block)), weigh)
 
     def _adds_nothing(self, first: Expr) -> tuple[Stmt | list[Stmt], Expr]:
         """Whether the mask adds nothing in a block, and what has to be done to know it."""

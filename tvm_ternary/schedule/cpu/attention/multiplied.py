@@ -1,7 +1,7 @@
 """Products of floats with the numbers of packed blocks, without unpacking these to memory.
 
-With a byte dot product, rows become bytes, by one scale each, and a vector of words is shifted and masked once for four
-bytes a lane; else each number becomes a float.
+With a byte dot product, rows become bytes, by one scale each, or trits, and a vector of words is shifted and masked
+once for four bytes a lane; else each number becomes a float.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tvm_ternary.schedule.intrinsics.common import field, four_bytes, prefetch
 
 _MOST = 127.0
 _MAGNITUDE = 0x7FFFFFFF
+_LARGEST_FLOAT = 3.4028234663852886e38
 # Added to a number of at most 2^22 it leaves the nearest whole number in the low bits.
 _ROUND, _ROUND_BITS = 12582912.0, 0x4B400000
 _TERMS = 16
@@ -44,13 +45,24 @@ class Multiplied:
     dot : ByteDot or None
         To multiply bytes; None for floats.
     planes : int
+    trits : bool
+        Whether rows become trits, as `activations.ternary_rows` has them; with a dot product.
     """
 
     def __init__(
-        self, name: str, rows: int, terms: int, blocks: int, lanes: int, dot: ByteDot | None, planes: int
+        self,
+        name: str,
+        rows: int,
+        terms: int,
+        blocks: int,
+        lanes: int,
+        dot: ByteDot | None,
+        planes: int,
+        *,
+        trits: bool = False,
     ) -> None:
         self.rows, self.terms, self.lanes, self.dot, self.fields = rows, terms, lanes, dot, digits(planes)
-        self.padded = -(-terms * blocks // _TERMS) * _TERMS
+        self.trits, self.padded = trits, -(-terms * blocks // _TERMS) * _TERMS
         self.largest = (3**planes - 1) // 2
         self.floats = buffer(f"{name}_floats", rows * self.padded)
         self.bytes = tirx.decl_buffer([index(rows * self.padded)], "int8", f"{name}_bytes")
@@ -68,6 +80,10 @@ class Multiplied:
         start = row * self.padded
         if not self.dot:
             return elements(count, self.lanes, lambda j: BufferStore(self.floats, read(j), [start + j]))
+        return self._load_trits(row, count, read) if self.trits else self._load_bytes(row, count, read)
+
+    def _load_bytes(self, row: Expr, count: Expr, read: Callable[[Expr], Expr]) -> Stmt:
+        start = row * self.padded
         most, total = (tirx.decl_buffer([index(self.lanes)], "int32", name) for name in ("most", "sum"))
         inverse = buffer("inverse", 1)
 
@@ -106,6 +122,48 @@ class Multiplied:
             BufferStore(self.total, total[0].astype("float32"), [row]),
         )
         return scope("rounded", body, [most, total, inverse])
+
+    def _load_trits(self, row: Expr, count: Expr, read: Callable[[Expr], Expr]) -> Stmt:
+        start, lanes, total = row * self.padded, self.lanes, tirx.decl_buffer([index(self.lanes)], "int32", "sum")
+        limit, kept, some = (buffer(name, lanes) for name in ("limit", "kept", "some"))
+        one, nan = tirx.const(1.0, "float32"), tirx.const(float("nan"), "float32")
+
+        def lane(j: Expr) -> Expr:
+            return tirx.floormod(j, index(lanes))
+
+        def take(j: Expr) -> Stmt:
+            return sequence(
+                BufferStore(self.floats, read(j), [start + j]),
+                BufferStore(limit, limit[lane(j)] + tirx.abs(self.floats[start + j]), [lane(j)]),
+            )
+
+        def rounded(j: Expr) -> Stmt:
+            x = self.floats[start + j]
+            is_some = tirx.abs(x) > limit[0]
+            number = Select(is_some, Select(x > ZERO, tirx.const(1), tirx.const(-1)), tirx.const(0))
+            return sequence(
+                BufferStore(self.bytes, number.astype("int8"), [start + j]),
+                BufferStore(total, total[lane(j)] + number, [lane(j)]),
+                BufferStore(kept, kept[lane(j)] + Select(is_some, tirx.abs(x), ZERO), [lane(j)]),
+                BufferStore(some, some[lane(j)] + Select(is_some, one, ZERO), [lane(j)]),
+            )
+
+        folded = [across(each, lanes, lambda a, b: a + b) for each in (total, kept, some)]
+        mean = kept[0] / tirx.max(some[0], one)
+        # Beside a limit that is not finite nothing was kept, and zeros would hide it.
+        finite = limit[0] <= tirx.const(_LARGEST_FLOAT, "float32")
+        body = sequence(
+            vector(lanes, lambda i: BufferStore(total, tirx.const(0), [i])),
+            [vector(lanes, lambda i, each=each: BufferStore(each, ZERO, [i])) for each in (limit, kept, some)],  # type: ignore[misc]
+            elements(count, lanes, take),
+            across(limit, lanes, lambda a, b: a + b),
+            BufferStore(limit, limit[0] / (count.astype("float32") * tirx.const(2.0, "float32")), [0]),
+            elements(count, lanes, rounded),
+            *folded,
+            BufferStore(self.scale, Select(finite, mean, nan), [row]),
+            BufferStore(self.total, total[0].astype("float32"), [row]),
+        )
+        return scope("rounded", body, [total, limit, kept, some])
 
     def multiply(
         self,

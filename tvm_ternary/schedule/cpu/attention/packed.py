@@ -57,12 +57,18 @@ class Packed:
         Of the tier, to multiply bytes; None for floats.
     pairs : PairDot or None
         Of the tier, to multiply values of a prompt, which have no planes, as 16-bit numbers; None for floats.
+    trits : bool
+        Whether queries are rounded to trits, not to bytes; with a dot product of bytes.
+    counts : bool
+        Whether the tier counts the bits of a lane in one instruction.
     """
 
     key_planes: int
     value_planes: int
     dot: ByteDot | None
     pairs: PairDot | None = None
+    trits: bool = False
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,9 @@ class FewPacked(Few):
         self.cache, self.runs, self.causal = cache, runs, causal
         self.full, self.recent = cache.counts(batch)
         shape, packed = self.shape, cache.packed
-        self.asked = Multiplied("q", self.rows, shape.size, 1, self.lanes, packed.dot, packed.key_planes)
+        self.asked = Multiplied(
+            "q", self.rows, shape.size, 1, self.lanes, packed.dot, packed.key_planes, trits=packed.trits
+        )
         self.weights = (
             Multiplied("p", self.rows, BLOCK, SPAN, self.lanes, packed.dot, packed.value_planes)
             if packed.value_planes
