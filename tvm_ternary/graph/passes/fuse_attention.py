@@ -12,7 +12,7 @@ After::
 
 The transpositions are gone: the kernel is told where the elements of its operands lie. What else counts as attention,
 `find_attention` says. Where keys and values are those of the past with new ones behind them, the kernel joins them
-itself and gives the joined ones as results, too.
+itself and gives the joined ones as results, too. A mask that only hides keys becomes bits (`mask_values`).
 
 Two things change. A query that sees no key, each masked by -inf, gives zeros instead of NaN. And ``where`` becomes
 an addition, so that a hidden score that is not finite shows, where the choice would have dropped it.

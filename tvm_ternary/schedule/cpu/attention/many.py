@@ -62,7 +62,7 @@ class Many:
         self.state = {name: buffer(name, self.width) for name in ("peak", "total", "block_peak", "fade")}
         if self.shape.hidden is not None:
             self.buffers["hidden"] = tirx.decl_buffer([index(KEYS // 32), index(self.width)], "uint32", "hidden")
-        elif extremes is not None:
+        elif "m" in self.shape.mask:
             self.buffers["hidden"] = buffer("hidden", KEYS, self.width)
 
     def write(self) -> Stmt:
@@ -158,7 +158,8 @@ class Many:
         if self.extremes is None:
             return work
         low = buffer("low", self.lanes)
-        load = IfThenElse(tirx.Not(self._plain(first)), self._load_mask(first, count), None)
+        loads = [self._load_mask(first, count)] if "hidden" in self.buffers else []
+        load = [IfThenElse(tirx.Not(self._plain(first)), one, None) for one in loads]
         skip = tirx.all(self.extremes.hides(self.tile, first), self._hidden_is_nothing(low))
         block = IfThenElse(tirx.Not(skip), sequence(load, work), None)
         return scope("masked", sequence(self._lowest_peak(low), block), [low])
@@ -263,10 +264,10 @@ class Many:
 
     def _masked(self, score: Expr, first: Expr, key: Expr, count: Expr, c: Expr) -> Expr:
         """The score of a key of the block for a query, with what hides it."""
-        if self.extremes is None:
+        hidden = self.buffers.get("hidden")
+        if hidden is None:
             seen = first + tirx.min(key, count - 1)
             return score + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
-        hidden = self.buffers["hidden"]
         if self.shape.hidden is None:
             return score + hidden[key, c]
         half, bit = tirx.floordiv(key, index(32)), tirx.floormod(key, index(32))

@@ -91,7 +91,7 @@ class Added(Extremes):
         return [self.found]
 
     def find(self) -> Stmt:
-        return space(self.found.shape[:-1], self.width * KEYS // 4, self._look)
+        return space(self.found.shape[:-1], (self.width if self.by_query else 1) * KEYS // 4, self._look)
 
     def plain(self, tile: Tile, first: Expr) -> Expr:
         return tirx.all(*(tirx.EQ(extreme, ZERO) for extreme in self._of(tile, first)))
@@ -212,7 +212,7 @@ class Bits(Extremes):
 
 
 def extremes_of(on: Operands, width: int) -> Extremes | None:
-    """What to find of a mask for tiles of so many queries; nothing where it is added alike for all of them."""
+    """What to find of a mask for tiles of so many queries; nothing where it is alike for all of them and all keys."""
     if on.shape.hidden is not None:
         return Bits(on, width)
-    return Added(on, width) if "m" in on.shape.mask else None
+    return Added(on, width) if set("ms") & set(on.shape.mask) else None
