@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from tvm.ir import TensorLoad
 
 from tvm_ternary.errors import OptionError
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 
 # TVM reads this variable when it makes the module of the kernels. The environment belongs to all threads.
 _FALLBACK = "TVM_COMPILE_FORCE_FALLBACK"
@@ -50,7 +51,7 @@ def build_executable(
     """
     if target["kind"] == "cuda":
         return _build_cuda(module, target, cuda_graph)
-    return _build(module, target)
+    return _build(module, target, TIR_PIPELINE)
 
 
 def cuda_source(executable: relax.VMExecutable) -> str | None:
@@ -61,11 +62,16 @@ def cuda_source(executable: relax.VMExecutable) -> str | None:
     return source[0] if source else None
 
 
-def _build(module: tvm.IRModule, target: Mapping[str, Any]) -> relax.VMExecutable:
+def _build(module: tvm.IRModule, target: Mapping[str, Any], tir_pipeline: str = "default") -> relax.VMExecutable:
     # For a GPU, too: TVM's own choice there would look for libraries to call and schedule what has no schedule yet.
     default = relax.get_pipeline("default")
     tvm_target = tvm.target.Target(dict(target))
-    return relax.build(module, tvm_target, relax_pipeline=lambda lowered: order_shape_stores(default(lowered)))
+    return relax.build(
+        module,
+        tvm_target,
+        relax_pipeline=lambda lowered: order_shape_stores(default(lowered)),
+        tir_pipeline=tir_pipeline,
+    )
 
 
 def _build_cuda(module: tvm.IRModule, target: Mapping[str, Any], cuda_graph: bool) -> relax.VMExecutable:

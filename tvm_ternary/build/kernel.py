@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 
 from tvm_ternary.schedule.cpu.simd import Simd, simd_of
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import Target, require_host
 
 
@@ -34,5 +35,7 @@ def build_kernel(schedule: Callable[[Simd], tvm.tirx.PrimFunc], target: Target) 
     require_host(target, "leave target out to compile for this host")
     resolved = tvm.target.Target(target.tvm)
     function = schedule(simd_of(resolved)).with_attr("global_symbol", "main")
-    compiled: Callable[..., Any] = tvm.compile(tvm.IRModule({"main": function}), resolved)["main"]
+    compiled: Callable[..., Any] = tvm.compile(tvm.IRModule({"main": function}), resolved, tir_pipeline=TIR_PIPELINE)[
+        "main"
+    ]
     return compiled

@@ -18,6 +18,7 @@ from tvm_ternary.schedule.cpu import simd_of
 from tvm_ternary.schedule.cpu.attention.append import append_tokens
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import Target, require_host, resolve
 
 Floats = npt.NDArray[np.float32]
@@ -94,7 +95,7 @@ class _Builder:
 
     def __call__(self, function: tvm.tirx.PrimFunc) -> Callable[..., Any]:
         module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-        compiled: Callable[..., Any] = tvm.compile(module, self._target)["main"]
+        compiled: Callable[..., Any] = tvm.compile(module, self._target, tir_pipeline=TIR_PIPELINE)["main"]
         return compiled
 
 

@@ -15,6 +15,7 @@ from tests.schedule.cpu.graphs import EPSILON, TIERS, normal
 from tvm_ternary.kernels.attention import AXES, Attention, pack_mask, reference_attention
 from tvm_ternary.schedule.cpu.attention import FEW, KEYS, Lengths, attention
 from tvm_ternary.schedule.cpu.simd import simd_of
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 UNKNOWN: Lengths = (None, None, None)
@@ -25,7 +26,7 @@ BASE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="
 def compiled(tier: str, shape: Attention, lengths: Lengths = UNKNOWN) -> Any:
     target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
     function = attention(shape, lengths, simd_of(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
+    return tvm.compile(tvm.IRModule({"main": function}), target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 def placed(x: np.ndarray, layout: str) -> np.ndarray:

@@ -26,6 +26,7 @@ from tvm_ternary.kernels.ternary_keys import (
 from tvm_ternary.schedule.cpu.attention.append import append_tokens
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
 from tvm_ternary.schedule.cpu.simd import simd_of
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, key="bhld", value="bhld")
@@ -42,7 +43,7 @@ def compiled(
     target = tvm.target.Target(resolve(TIERS[tier]).tvm)
     function = append_tokens(shape, Packed(*planes, None), window, lengths, simd_of(target), new)
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target)["main"]
+    return tvm.compile(module, target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 def laid(x: np.ndarray, layout: str) -> np.ndarray:
@@ -288,7 +289,9 @@ def compiled_alone(function: str, shape: Attention) -> Any:
         if function == "hadamard"
         else attention_step(shape, Packed(3, 3, None), (None,) * 4, simd_of(target))
     )
-    return tvm.compile(tvm.IRModule({"main": main.with_attr("global_symbol", "main")}), target)["main"]
+    return tvm.compile(
+        tvm.IRModule({"main": main.with_attr("global_symbol", "main")}), target, tir_pipeline=TIR_PIPELINE
+    )["main"]
 
 
 def rotate(x: np.ndarray, shape: Attention) -> np.ndarray:

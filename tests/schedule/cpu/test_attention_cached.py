@@ -20,6 +20,7 @@ from tvm_ternary.schedule.cpu.attention.cached import cached_attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="bms")
@@ -34,7 +35,7 @@ def compiled(tier: str, shape: Attention, planes: tuple[int, int], rounded: bool
     target = tvm.target.Target(resolve(TIERS[tier]).tvm)
     packed = Packed(*planes, BYTE_DOTS[tier] if rounded else None)
     function = cached_attention(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
+    return tvm.compile(tvm.IRModule({"main": function}), target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 def laid(x: np.ndarray, layout: str) -> np.ndarray:

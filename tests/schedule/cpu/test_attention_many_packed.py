@@ -23,6 +23,7 @@ from tvm_ternary.schedule.cpu.attention.packed import Packed
 from tvm_ternary.schedule.cpu.attention.prefill import attention_prefill
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import host_features, resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, key="bhld", value="bhld", mask="ms")
@@ -40,7 +41,7 @@ def compiled(
     target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
     packed = Packed(planes, planes, BYTE_DOTS[DOTS[tier]], PAIR_DOTS.get(DOTS[tier]), trits, bits)
     function = attention_prefill(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
+    return tvm.compile(tvm.IRModule({"main": function}), target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from tvm_ternary.kernels.ternary_queries import ternary_scores
 from tvm_ternary.schedule.cpu.attention.packed import SPAN, Packed, attention_step
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, key="bhld", value="bhld")
@@ -33,7 +34,7 @@ def compiled(
     target = tvm.target.Target(resolve(TIERS.get(tier, tier)).tvm)
     packed = Packed(*planes, BYTE_DOTS[DOTS[tier]] if rounded else None, trits=trits)
     function = attention_step(shape, packed, lengths, simd_of(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
+    return tvm.compile(tvm.IRModule({"main": function}), target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tvm_ternary.schedule.cpu.attention.packed import Packed
 from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
 from tvm_ternary.schedule.cpu.simd import simd_of
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS, PAIR_DOTS
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25, mask="bms", hidden=-np.inf)
@@ -40,7 +41,11 @@ def compiled(tier: str, planes: int, window: int, lengths: tuple[int | None, ...
         "pack": pack_keys(SHAPE, packed, window, (batch, keys), simd),
         "attend": rounded_attention(SHAPE, packed, window, lengths, simd),
     }
-    module = tvm.compile(tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in functions.items()}), target)
+    module = tvm.compile(
+        tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in functions.items()}),
+        target,
+        tir_pipeline=TIR_PIPELINE,
+    )
     return module["pack"], module["attend"]
 
 

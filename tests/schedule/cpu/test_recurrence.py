@@ -18,6 +18,7 @@ from tvm_ternary.kernels.recurrence import Recurrence, block_width, pack_recurre
 from tvm_ternary.schedule.cpu.recurrence import ROWS, recurrence, schedule_recurrence
 from tvm_ternary.schedule.cpu.rules import schedule_function
 from tvm_ternary.schedule.cpu.simd import simd_of
+from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import resolve
 
 FUNCTIONS = {"lstm": ("sigmoid", "tanh", "tanh"), "rnn": ("tanh",)}
@@ -47,7 +48,7 @@ LAYERS = {
 def compiled(tier: str, shape: Recurrence, sizes: tuple[int | None, int | None]) -> Any:
     target = tvm.target.Target(resolve(TIERS[tier]).tvm)
     function = recurrence(shape, *sizes, simd_of(target)).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target)["main"]
+    return tvm.compile(tvm.IRModule({"main": function}), target, tir_pipeline=TIR_PIPELINE)["main"]
 
 
 class Case:
