@@ -98,14 +98,16 @@ def test_causal(gpu: Worker) -> None:
     assert not case.result[:, :, :3].any()
 
 
-def test_masks_layouts_and_whole_sizes(gpu: Worker) -> None:
+@pytest.mark.parametrize("keys", [66, 68])
+def test_masks_layouts_and_whole_sizes(gpu: Worker, keys: int) -> None:
+    """Masks of which four numbers are loaded at once, or one."""
     shape = replace(
         SHAPE, heads=2, kv_heads=2, size=64, value_size=32, query="bhld", key="lbhd", value="bhld", out="hbld"
     )
-    mask = normal(3, 2, 1, 5, 66)
+    mask = normal(3, 2, 1, 5, keys)
     mask[0, 0, :, 3:] = -np.inf
     mask[1, 0, 2] = -np.inf
-    case = Case(gpu, replace(shape, mask="bms"), (2, 5, 66), mask=mask)
+    case = Case(gpu, replace(shape, mask="bms"), (2, 5, keys), mask=mask)
     case.check()
     assert not case.result[1, :, 2].any()
 

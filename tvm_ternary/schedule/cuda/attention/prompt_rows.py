@@ -153,18 +153,20 @@ class Rows:
         with T.If(self._all_seen(visible, bits)):
             with T.Then(), unrolled(KEYS // 2) as i:
                 T.buffer_store(self.scores, self.scores[i] * scale, [i])
-            with T.Else(), unrolled(KEYS // 32) as n, unrolled(4) as j, unrolled(4) as c:
-                key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
-                place = 4 * (4 * n + j) + c
-                score = self.scores[place] * scale
-                if floats:
-                    # Added before anything else is done, so that what an importer's mask swallows its sum would.
-                    row = T.min(self.row + 8 * half, prompt.queries - 1)
-                    score = score + self._mask_at(row, T.min(block * KEYS + key, self.total - 1))
-                if bits is not None:
-                    bit = T.bitwise_and(bits[2 * half + n], T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2)))
-                    score = T.Select(bit != T.uint32(0), score, score + const(self._hidden()))
-                T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
+            with T.Else(), unrolled(KEYS // 32) as n:
+                added = self._added(block * KEYS + 32 * n + 8 * self.t) if floats else None
+                with unrolled(4) as j, unrolled(4) as c:
+                    key, half = 32 * n + 8 * self.t + 2 * j + c % 2, c // 2
+                    place = 4 * (4 * n + j) + c
+                    score = self.scores[place] * scale
+                    if added is not None:
+                        # Before anything else is done, so that what an importer's mask swallows its sum would.
+                        score = score + added[8 * half + 2 * j + c % 2]
+                    if bits is not None:
+                        one = T.shift_left(T.uint32(1), T.Cast("uint32", 2 * j + c % 2))
+                        is_seen = T.bitwise_and(bits[2 * half + n], one) != T.uint32(0)
+                        score = T.Select(is_seen, score, score + const(self._hidden()))
+                    T.buffer_store(self.scores, T.Select(key < visible[half], score, const(NOTHING)), [place])
 
     def _all_seen(self, visible: Expr, bits: Expr | None) -> Expr:
         """Whether nothing hides a key of this thread's: so it is in most blocks."""
@@ -193,9 +195,25 @@ class Rows:
                 T.buffer_store(found, T.shift_right(part, shift), [2 * half + n])
         return found
 
-    def _mask_at(self, row: Expr, key: Expr) -> Expr:
-        where = {"b": self.batch, "h": self.head, "m": row, "s": key}
-        return self.b["mask"][tuple(where[axis] if axis in self.shape.mask else 0 for axis in "bhms")]
+    def _added(self, key: Expr) -> Expr:
+        """A mask of floats for both rows and eight keys from one on; anything of those that are none."""
+        found, prompt = local(16), self.prompt
+        whole = "s" in self.shape.mask and prompt.most % 4 == 0
+        for half in range(2):
+            row = T.min(self.row + 8 * half, prompt.queries - 1)
+            for i in range(0, 8, 4 if whole else 1):
+                where = {
+                    "b": self.batch,
+                    "h": self.head,
+                    "m": row,
+                    "s": T.min(key + i, prompt.most - (4 if whole else 1)),
+                }
+                place = [where[axis] if axis in self.shape.mask else 0 for axis in "bhms"]
+                if whole:
+                    T.evaluate(device.load_floats(at(found, 8 * half + i), at(self.b["mask"], *place)))
+                else:
+                    T.buffer_store(found, self.b["mask"][tuple(place)], [8 * half + i])
+        return found
 
     def _softmax(self) -> None:
         best, safe = local(2), local(2)
