@@ -164,7 +164,7 @@ class Engines:
             lengths = (1, 1 if case.step else None, None)
             self._kernels[shape] = build_kernel(partial(attention, shape, lengths), self._target)
         masks = [_causal_mask(case)] if case.causal else []
-        inputs = [operands.q, operands.k, operands.v, *masks]
+        inputs: list[npt.NDArray[Any]] = [operands.q, operands.k, operands.v, *masks]
         return _engine(FULL, self._kernels[shape], inputs, operands.exact, _float_bound(case))
 
     def _step(self, operands: Operands, scheme: CacheScheme, blocks: _Blocks) -> AttentionEngine:
