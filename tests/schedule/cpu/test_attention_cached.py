@@ -371,7 +371,8 @@ def test_what_is_hidden_moves_no_bit(count: int, hide: float) -> None:
     """Tokens in float and packed ones; and blocks of which nothing is seen need not even hold numbers."""
     results = []
     for changed in (False, True):
-        layer = Layer()
+        # One of the masks is bits.
+        layer = Layer(SHAPE if hide == -np.inf else replace(SHAPE, hidden=hide))
         layer.check("avx2", layer.tokens(500), mask_of(seen(layer, 500)))
         tokens = layer.tokens(count)
         shown = seen(layer, count, padded=(130, 130))
