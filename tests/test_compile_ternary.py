@@ -29,8 +29,11 @@ def checkpoint(folder: Path) -> Path:
 def compiled(source: Path, scheme: str) -> tuple[Artifact, np.ndarray]:
     """The artifact, whose output layer stays float, and its logits."""
     library = source.parent / "m.so"
-    artifact = compile(source, library, scheme=scheme, layers="_proj", embeddings="float", weights="beside")
-    (logits,) = load(artifact.path).run(None, feeds())
+    given = feeds()
+    dims = dict(zip(("batch", "sequence"), given["input_ids"].shape, strict=True))
+    options = {"layers": "_proj", "embeddings": "float", "weights": "beside", "dims": dims}
+    artifact = compile(source, library, scheme=scheme, **options)
+    (logits,) = load(artifact.path).run(None, given)
     return artifact, logits
 
 

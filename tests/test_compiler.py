@@ -227,10 +227,9 @@ class TestOptions:
         onnx.save(proto, tmp_path / "rounded.onnx")
         ids = np.array([[0, 49, 7], [-1, 50, 3]])
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        common: dict[str, Any] = {"scheme": "t2a32", "dims": {"batch": 2, "length": 3}}
         got, want = (
-            load(compile(tmp_path / f"{name}.onnx", tmp_path / f"{name}.so", scheme="t2a32", **options).path).run(
-                None, feeds
-            )
+            load(compile(tmp_path / f"{name}.onnx", tmp_path / f"{name}.so", **common, **options).path).run(None, feeds)
             for name, options in (("model", {"weights": weights}), ("rounded", {"embeddings": "float"}))
         )
         # A word that does not exist is no number, with either table.

@@ -31,16 +31,27 @@ class Fused:
 
     def __init__(self, inputs: dict[str, Sequence[int | str]], build: Any) -> None:
         self.shapes: list[Attention] = []
-
-        def schedule(shape: Attention, lengths: tuple[int | None, ...]) -> tvm.tirx.PrimFunc:
-            self.shapes.append(shape)
-            return attention(shape, lengths, simd_of(NATIVE))
-
+        self.inputs = inputs
         self.before = make_module(inputs, {}, build)
-        self.module = fuse_attention(self.before, schedule)
+        self.module = fuse_attention(self.before, self._schedule)
+
+    def _schedule(self, shape: Attention, lengths: tuple[int | None, ...]) -> tvm.tirx.PrimFunc:
+        self.shapes.append(shape)
+        return attention(shape, lengths, simd_of(NATIVE))
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        module, _ = schedule_module(lower_graph_ops(self.module), NATIVE)
+        """For these lengths alone: functions of open ones, which take long to compile, are looked at elsewhere."""
+        dims = {
+            name: size
+            for shape, x in zip(self.inputs.values(), inputs, strict=True)
+            for name, size in zip(shape, x.shape, strict=True)
+            if isinstance(name, str)
+        }
+        found = len(self.shapes)
+        bound = fuse_attention(relax.transform.BindSymbolicVars(dims, "main")(self.before), self._schedule)
+        assert self.shapes[found:] == self.shapes[:found]
+        del self.shapes[found:]
+        module, _ = schedule_module(lower_graph_ops(bound), NATIVE)
         main = relax.VirtualMachine(build_executable(module, resolve("native").tvm), tvm.cpu())["main"]
         return [out.numpy() for out in main(*map(tvm.runtime.tensor, inputs))]
 

@@ -15,6 +15,8 @@ from tvm_ternary.graph.importer import import_onnx
 from tvm_ternary.graph.passes.lift_tables import lift_tables
 from tvm_ternary.runtime.module import load
 
+DIMS = {"batch": 2, "length": 5}
+
 
 def constants(module: tvm.IRModule) -> list[tuple[int, ...]]:
     """Shapes of the constants that are left in ``main``."""
@@ -51,12 +53,15 @@ def test_a_table_used_twice_is_one_parameter_and_an_unused_one_none() -> None:
 
 def test_tables_lie_beside_the_library(tmp_path: Path) -> None:
     onnx.save(gpt2(layers=1), tmp_path / "model.onnx")
-    inside = compile(tmp_path / "model.onnx", tmp_path / "inside.so", scheme="t2a32")
-    beside = compile(tmp_path / "model.onnx", tmp_path / "beside.so", scheme="t2a32", weights="beside")
+    inside, beside = (
+        compile(tmp_path / "model.onnx", tmp_path / f"{where}.so", scheme="t2a32", weights=where, dims=DIMS)
+        for where in ("inside", "beside")
+    )
     names = beside.manifest.weights.names
-    assert {"transformer.wpe.weight.rows", "transformer.wpe.weight.row_scale"} <= set(names)
+    rows = {"transformer.wte.weight.rows", "transformer.wte.weight.row_scale"}
+    assert rows | {"transformer.wpe.weight"} <= set(names)
     assert beside.manifest.sizes == inside.manifest.sizes
     assert beside.manifest.weights.bytes == inside.manifest.weights.bytes
-    given = {spec.name: np.ones((2, 5), spec.dtype) for spec in inside.manifest.inputs}
+    given = {spec.name: np.ones(spec.shape, spec.dtype) for spec in inside.manifest.inputs}
     for one, other in zip(*(load(a.path).run(None, given) for a in (inside, beside)), strict=True):
         np.testing.assert_array_equal(one, other)
