@@ -25,7 +25,7 @@ CASES = Cases(
     free_sizes=((1, 5),),
     words=50,
     caches=((4, 2, 20, 2, 140),),
-    prompts=((2, 1, 20, 70, "causal", 0), (2, 1, 20, 130, "bits", 2)),
+    prompts=((2, 1, 20, 130, "bits", 2),),
     chunks=((4, 2, 20, 2, 140, 9),),
 )
 _FAKE_CUDART = toolchain.fake_driver_folder() / "libcudart.so.13"

@@ -26,9 +26,12 @@ def schedules(pair: Pair) -> dict[str, str]:
     return {function.name: function.schedule for function in pair.manifest.functions}
 
 
-@pytest.mark.parametrize(("source", "scheme"), [(lambda: gpt2(1), "t1a16g16"), (llama, "t1abf16")])
+@pytest.mark.parametrize(
+    ("source", "scheme"),
+    [pytest.param(lambda: gpt2(1), "t1a16g16", marks=pytest.mark.slow), (lambda: llama(1), "t1abf16")],
+)
 def test_attention_in_the_kind_of_the_activations(source: Source, scheme: str, models: Path, tmp_path: Path) -> None:
-    """Two functions for all layers; no softmax is left. Captured in a graph, too."""
+    """Two functions, and no softmax is left. Captured in a graph, too."""
     pair = Pair(source, scheme, models, tmp_path, dims=DIMS)
     found = schedules(pair)
     assert [found[name] for name in ("attention", "round_operands")] == ["rule:attention"] * 2
