@@ -16,13 +16,24 @@ from ..models import gpt2, mlp
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and libraries; do not write there."""
+    """A model of two matrices and its libraries; do not write there."""
     folder = tmp_path_factory.mktemp("evaluation")
-    for name, model in (("mlp", mlp()), ("gpt2", gpt2())):
-        onnx.save(model, folder / f"{name}.onnx")
-        tt.compile(folder / f"{name}.onnx", folder / f"{name}-float.so", layers=(), embeddings="float")
-        tt.compile(folder / f"{name}.onnx", folder / f"{name}-t2.so", scheme="t2a8g64")
+    _compile(folder, "mlp", mlp(), None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def decoders(folder: Path) -> Path:
+    """The same folder, with a decoder of two rows of nine tokens; open numbers of them take four times as long."""
+    _compile(folder, "gpt2", gpt2(), {"batch": 2, "length": 9})
+    return folder
+
+
+def _compile(folder: Path, name: str, model: onnx.ModelProto, dims: dict[str, int] | None) -> None:
+    path = folder / f"{name}.onnx"
+    onnx.save(model, path)
+    tt.compile(path, folder / f"{name}-float.so", layers=(), embeddings="float", dims=dims)
+    tt.compile(path, folder / f"{name}-t2.so", scheme="t2a8g64", dims=dims)
 
 
 @pytest.fixture(scope="session")

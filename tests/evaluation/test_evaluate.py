@@ -100,13 +100,13 @@ def test_random_inputs_are_told_and_depend_on_the_seed(folder: Path) -> None:
     assert first.candidates != other.candidates
 
 
-def test_decoders_have_perplexities(folder: Path) -> None:
+def test_decoders_have_perplexities(decoders: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 50, (2, 9))
     data = [{"input_ids": ids}]
-    (candidate,) = evaluate(folder / "gpt2-float.so", folder / "gpt2-t2.so", data=data, threads=1).candidates
+    (candidate,) = evaluate(decoders / "gpt2-float.so", decoders / "gpt2-t2.so", data=data, threads=1).candidates
     (output,) = candidate.outputs
     reference, array = (
-        tt.load(folder / f"gpt2-{kind}.so", threads=1).run(None, data[0])[0] for kind in ("float", "t2")
+        tt.load(decoders / f"gpt2-{kind}.so", threads=1).run(None, data[0])[0] for kind in ("float", "t2")
     )
     labels = accuracy.next_token_labels(ids)
     assert output.logits is not None
@@ -163,7 +163,7 @@ def test_the_document_is_json_without_points(folder: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    folder: Path, arguments: list[str], options: dict[str, Any], error: type[Exception], problem: str
+    decoders: Path, arguments: list[str], options: dict[str, Any], error: type[Exception], problem: str
 ) -> None:
     with pytest.raises(error, match=problem):
-        evaluate(*(folder / name for name in arguments), **options)  # type: ignore[arg-type]
+        evaluate(*(decoders / name for name in arguments), **options)  # type: ignore[arg-type]

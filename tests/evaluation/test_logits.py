@@ -35,8 +35,9 @@ def test_a_later_token_tells(causal: bool) -> None:
     assert rule.causal == ({"logits"} if causal else set())
 
 
+@pytest.mark.usefixtures("decoders")
 def test_a_decoder_and_a_classifier(run_of: Callable[[str], Runner]) -> None:
-    rule = find_logits(run_of("gpt2-float"), {"input_ids": np.array([[4, 5, 6]])})
+    rule = find_logits(run_of("gpt2-float"), {"input_ids": np.arange(18).reshape(2, 9)})
     assert rule.causal == rule.names == {"logits"}
     x = {"x": np.zeros((1, 10), np.float32)}
     assert find_logits(run_of("mlp-float"), x).names == set()
