@@ -49,6 +49,9 @@ class Few:
         self.scores = buffer("scores", self.rows, KEYS)
         self.o = buffer("o", self.rows, self.shape.value_size)
         self.state = {name: buffer(name, self.rows) for name in ("peak", "total", "fade")}
+        # Which head and query a row is costs divisions, that are not to be made for each word of its mask.
+        names = ("row_head", "row_query") if self.shape.hidden is not None else ()
+        self.rows_of = {name: tirx.decl_buffer([index(self.rows)], "int64", name) for name in names}
 
     def _at(self, row: int | Expr) -> tuple[Expr, Expr]:
         """Head and query of a row; behind the last one it is repeated."""
@@ -73,6 +76,7 @@ class Few:
             start = [
                 BufferStore(self.state["peak"], NOTHING, [row]),
                 BufferStore(self.state["total"], ZERO, [row]),
+                *(BufferStore(to, x, [row]) for to, x in zip(self.rows_of.values(), (head, query), strict=False)),
             ]
             return sequence(fetch, zeros, start)
 
@@ -87,7 +91,7 @@ class Few:
 
         rows = tirx.min(index(self.rows), self.on.queries * self.shape.group - self.first)
         body = sequence(loop(self.rows, load, name="row"), self._over_keys(), loop(rows, store, name="row"))
-        return scope("rows", body, [self.q, self.scores, self.o, *self.state.values()])
+        return scope("rows", body, [self.q, self.scores, self.o, *self.state.values(), *self.rows_of.values()])
 
     def _over_keys(self) -> Stmt:
         def block(first: Expr, count: Expr) -> Stmt:
@@ -120,12 +124,11 @@ class Few:
         shown = IfThenElse(
             tirx.Not(skip), work(loop(self.rows, lambda row: self._hide(words[row], row, count), name="row")), None
         )
-        # One by one, so that what it takes to divide a row into head and query is not done for every block.
-        return scope("hidden", sequence([load(row) for row in range(self.rows)], shown), [words])
+        return scope("hidden", sequence(loop(self.rows, load, name="row"), shown), [words])
 
     def _word(self, row: int | Expr, block: Expr) -> Expr:
         """A mask's word of a block of keys for a row."""
-        head, query = self._at(row)
+        head, query = (places[row] for places in self.rows_of.values())
         return self.on.mask_at(self.batch, head, query, block)
 
     def _hide(self, word: Expr, row: Expr, count: Expr, place: Expr | int = 0) -> Stmt:

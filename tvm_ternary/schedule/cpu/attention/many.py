@@ -60,10 +60,13 @@ class Many:
         shapes = {"q": self.shape.size, "scores": KEYS, "o": self.shape.value_size}
         self.buffers = {name: buffer(name, n, self.width) for name, n in shapes.items()}
         self.state = {name: buffer(name, self.width) for name in ("peak", "total", "block_peak", "fade")}
-        if self.shape.hidden is not None:
+        self.by_query = "m" in self.shape.mask
+        if self.by_query and self.shape.hidden is not None:
             self.buffers["hidden"] = tirx.decl_buffer([index(KEYS // 32), index(self.width)], "uint32", "hidden")
-        elif "m" in self.shape.mask:
+        elif self.by_query:
             self.buffers["hidden"] = buffer("hidden", KEYS, self.width)
+        elif self.shape.hidden is not None:
+            self.buffers["hidden"] = buffer("hidden", KEYS)
 
     def write(self) -> Stmt:
         """All keys for this tile."""
@@ -158,8 +161,9 @@ class Many:
         if self.extremes is None:
             return work
         low = buffer("low", self.lanes)
-        loads = [self._load_mask(first, count)] if "hidden" in self.buffers else []
-        load = [IfThenElse(tirx.Not(self._plain(first)), one, None) for one in loads]
+        load = [self._load_mask(first, count)] if "hidden" in self.buffers else []
+        if self.by_query:
+            load = [IfThenElse(tirx.Not(self._plain(first)), *load, None)]
         skip = tirx.all(self.extremes.hides(self.tile, first), self._hidden_is_nothing(low))
         block = IfThenElse(tirx.Not(skip), sequence(load, work), None)
         return scope("masked", sequence(self._lowest_peak(low), block), [low])
@@ -188,20 +192,10 @@ class Many:
         return self.extremes.plain(self.tile, first)
 
     def _load_mask(self, first: Expr, count: Expr) -> Stmt:
-        """What hides the keys of a block, by key and query; of bits the halves of their words, by query."""
-        on, tile, hidden = self.on, self.tile, self.buffers["hidden"]
-
-        def halves(column: Expr) -> Stmt:
-            word = on.mask_at(tile.batch, tile.head, self._query(column), tirx.floordiv(first, index(KEYS)))
-            return sequence(
-                [
-                    BufferStore(hidden, tirx.shift_right(word, index(32 * n)).astype("uint32"), [n, column])
-                    for n in range(KEYS // 32)
-                ]
-            )
-
+        """What hides the keys of a block, by key and, where the mask tells them apart, query."""
         if self.shape.hidden is not None:
-            return loop(self.width, halves, name="column") if "m" in self.shape.mask else self._fill(halves)
+            return self._load_bits(first, self.shape.hidden)
+        on, tile, hidden = self.on, self.tile, self.buffers["hidden"]
 
         def one(column: Expr, j: Expr) -> Stmt:
             value = on.mask_at(tile.batch, tile.head, self._query(column), first + j)
@@ -214,6 +208,26 @@ class Many:
             return BufferStore(hidden, x, [j, self._lanes_from(column)])
 
         return self._turned(count, one, (row, keep) if "s" in self.shape.mask else None)
+
+    def _load_bits(self, first: Expr, hidden: float) -> Stmt:
+        """The halves of each query's word; of one word for all of them what it adds."""
+        to, block = self.buffers["hidden"], tirx.floordiv(first, index(KEYS))
+
+        def bits(query: Expr, bit: int) -> Expr:
+            word = self.on.mask_at(self.tile.batch, self.tile.head, query, block)
+            return tirx.shift_right(word, index(bit)).astype("uint32")
+
+        def halves(column: Expr) -> Stmt:
+            query = self._query(column)
+            return sequence([BufferStore(to, bits(query, 32 * n), [n, column]) for n in range(KEYS // 32)])
+
+        def added(start: int) -> Stmt:
+            word = bits(index(0), start)
+            return vector(self.lanes, lambda lane: BufferStore(to, hide(ZERO, word, lane, hidden), [lane + start]))
+
+        if self.by_query:
+            return loop(self.width, halves, name="column")
+        return sequence([added(start) for start in range(0, KEYS, self.lanes)])
 
     def _scores(self, source: Source, first: Expr, count: Expr) -> Stmt:
         q = self.buffers["q"]
@@ -244,7 +258,9 @@ class Many:
 
         def one(row: int, key: Expr, c: Expr, plain: bool) -> Stmt:
             value = score(row, c)
-            if not plain:
+            if not plain and self.by_query and self.shape.hidden is not None:
+                value = hide(value, bits[c], index(row), self.shape.hidden)
+            elif not plain:
                 value = self._masked(value, first, key, count, c)
             if static(count) != KEYS:
                 value = Select(key < count, value, NOTHING)
@@ -258,20 +274,23 @@ class Many:
                 ]
             )
 
-        if self.extremes is None:
+        if not self.by_query:
             return every(not self.shape.mask)
-        return IfThenElse(self._plain(first), every(True), every(False))
+        if self.shape.hidden is None:
+            return IfThenElse(self._plain(first), every(True), every(False))
+        # The keys are neighbours in one half of a word: the bit of each is its number among them.
+        bits, words = tirx.decl_buffer([index(self.width)], "uint32", "bits"), self.buffers["hidden"]
+        half, bit = tirx.floordiv(keys[0], index(32)), tirx.floormod(keys[0], index(32))
+        shift = self._fill(lambda c: BufferStore(bits, tirx.shift_right(words[half, c], bit.astype("uint32")), [c]))
+        return IfThenElse(self._plain(first), every(True), scope("bits", sequence(shift, every(False)), [bits]))
 
     def _masked(self, score: Expr, first: Expr, key: Expr, count: Expr, c: Expr) -> Expr:
-        """The score of a key of the block for a query, with what hides it."""
+        """The score of a key of the block for a query, with what is added to it."""
         hidden = self.buffers.get("hidden")
         if hidden is None:
             seen = first + tirx.min(key, count - 1)
             return score + self.on.mask_at(self.tile.batch, self.tile.head, index(0), seen)
-        if self.shape.hidden is None:
-            return score + hidden[key, c]
-        half, bit = tirx.floordiv(key, index(32)), tirx.floormod(key, index(32))
-        return hide(score, hidden[half, c], bit, self.shape.hidden)
+        return score + (hidden[key, c] if self.by_query else hidden[key])
 
     def _weigh(self, source: Source, first: Expr, count: Expr) -> Stmt:
         return sequence(self._softmax(count), self._values(source, first, count))

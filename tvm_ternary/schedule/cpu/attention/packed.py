@@ -326,8 +326,8 @@ class FewPacked(Few):
                 value = value + self._mask_vector(row, block * BLOCK + start, lanes)
             return [BufferStore(self.scores, value, [row, Ramp(place + start, 1, lanes)])]
 
-        def hide(row: int) -> Stmt:
-            return self._hide(self._word(row, block), index(row), index(BLOCK), place)
+        def hide(row: Expr) -> Stmt:
+            return self._hide(self._word(row, block), row, index(BLOCK), place)
 
         return sequence(
             loop(self.rows, ask, name="row"),
@@ -339,8 +339,7 @@ class FewPacked(Few):
                 self.on.simd.registers,
                 store,
             ),
-            # One by one, so that a row is divided into head and query before all blocks.
-            [hide(row) for row in range(self.rows)] if self.shape.hidden is not None else [],
+            loop(self.rows, hide, name="row") if self.shape.hidden is not None else [],
         )
 
     def _mask_vector(self, row: int, key: Expr, lanes: int) -> Expr:
