@@ -226,7 +226,7 @@ def _require_kernels(model: ImportedModel, choices: Choices, target: Target) -> 
         if name in choices and any(choice.window is not None for choice in choices[name]):
             extents = match.query.extents["b"], match.query.extents["l"], match.key.extents["l"]
             # Whatever its mask is.
-            why = why_not(match.shape("bms"), tuple(map(known_extent, extents)))
+            why = why_not(match.shape("bms", match.scores.hidden), tuple(map(known_extent, extents)))
             if why is not None:
                 hint = "give all sizes with --dim, or compile with --attention full"
                 raise OptionError(f"attention {name}", f"cannot have ternary keys on {target.name}: it {why}", hint)
