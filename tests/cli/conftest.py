@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 
 from ..models import FLOAT, GraphBuilder, mlp
+from . import warm
 
 MATRICES = ("layers.0.weight", "layers.1.weight")
+NEED_TVM = ("bench", "compile", "eval", "quantize", "tune")
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -21,11 +23,17 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "tvm_ternary", *map(os.fspath, arguments)]
 
 
-def cli(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
-    environment = {**os.environ, "TVM_TERNARY_TRACE": "0", **options.pop("env", {})}
+def cli(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it to its end.
+
+    Verbs that need TVM are forked from a process that has imported it, unless variables are given, for these may be
+    read when an interpreter starts. The others have to work without it.
+    """
+    environment = {**os.environ, "TVM_TERNARY_TRACE": "0", **(env or {})}
+    if env is None and arguments[0] in NEED_TVM:
+        return warm.run([*map(os.fspath, arguments)], environment, timeout=120)
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, env=environment, timeout=120, **options
+        command(*arguments), capture_output=True, text=True, check=False, env=environment, timeout=120
     )
 
 
