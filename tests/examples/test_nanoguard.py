@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,17 @@ def reference(weights: dict[str, Any], config: dict[str, int], ids: Any, mask: A
     return pooled @ w["cls_head.weight"].T + w["cls_head.bias"]
 
 
-def small_weights() -> dict[str, Any]:
+def small_weights(config: Mapping[str, int] = SMALL, seed: int = 0) -> dict[str, Any]:
     """Random weights of a network with all that the real one has."""
-    rng = np.random.default_rng(0)
-    width = SMALL["n_embd"]
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (SMALL["vocab_size"], width)}
-    for i in range(SMALL["n_layer"]):
+    rng = np.random.default_rng(seed)
+    width = config["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (config["vocab_size"], width)}
+    for i in range(config["n_layer"]):
         shapes |= {f"transformer.h.{i}.attn.c_{name}.weight": (width, width) for name in ("q", "k", "v", "proj")}
         shapes[f"transformer.h.{i}.mlp.c_fc.weight"] = (4 * width, width)
         shapes[f"transformer.h.{i}.mlp.c_proj.weight"] = (width, 4 * width)
     shapes |= {"cls_norm.weight": (width,), "cls_norm.bias": (width,), "cls_head.weight": (2, width)}
-    shapes |= {"cls_head.bias": (2,), "resid_lambdas": (SMALL["n_layer"],), "x0_lambdas": (SMALL["n_layer"],)}
+    shapes |= {"cls_head.bias": (2,), "resid_lambdas": (config["n_layer"],), "x0_lambdas": (config["n_layer"],)}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -109,13 +110,28 @@ def test_real_weights(checkpoint: Any, model: Path) -> None:
     np.testing.assert_allclose(run_onnx(model, ids, mask), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("real", [pytest.param(True, marks=pytest.mark.slow), False], ids=["real", "random"])
 def test_ternary_gives_the_same_labels(
-    checkpoint: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    real: bool,
 ) -> None:
     # One block, and prompts shorter than the package pads to, for the time it takes.
-    config = checkpoint["config"] | {"n_layer": 1}
-    onnx.save(nanoguard_graph.build(checkpoint["model_state_dict"], config), tmp_path / "model.onnx")
     tokenizer = nanoguard_tokenizer.load(models / NANOGUARD_TOKENIZER, 48)
+    if real:
+        checkpoint = request.getfixturevalue("checkpoint")
+        onnx_model = nanoguard_graph.build(checkpoint["model_state_dict"], checkpoint["config"] | {"n_layer": 1})
+    else:
+        config = SMALL | {"vocab_size": tokenizer.get_vocab_size(), "n_layer": 1, "n_embd": 64, "sequence_len": 48}
+        # This seed's weights give the four prompts both labels.
+        onnx_model = nanoguard_graph.build(small_weights(config, seed=8), config)
+        for value in onnx_model.graph.input:
+            for dim, size in zip(value.type.tensor_type.shape.dim, (1, 48), strict=True):
+                dim.dim_value = size
+    onnx.save(onnx_model, tmp_path / "model.onnx")
     chosen = nanoguard.prompts()[5::60]
     assert [label for _, label in chosen] == [0, 0, 1, 1]
     monkeypatch.setattr(nanoguard, "prompts", lambda: chosen)
