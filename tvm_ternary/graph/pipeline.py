@@ -1,9 +1,9 @@
 """From an imported model to a scheduled module: the phases in a plain list, each of which can be dumped and looked at.
 
-1 ternarize   dimensions that inputs are multiples of are computed, tables become parameters as matrices are, the steps
-              of an unrolled loop are multiplied at once, attention becomes one call (on a GPU two, where activations
-              have 16 bits and lengths are known), inputs are transformed for matrices that want it, planned matrices
-              become calls to ternary kernels
+1 ternarize   dimensions that inputs are multiples of are computed, attention becomes one call (on a GPU two, where
+              activations have 16 bits and lengths are known), tables become parameters as matrices are, the steps of
+              an unrolled loop are multiplied at once, inputs are transformed for matrices that want it, planned
+              matrices become calls to ternary kernels
 2 bind        weights become constants, unless they are to lie beside the library
 3 fuse        images get their channels last (on a CPU), every other operator becomes TensorIR, element-wise chains are
               merged; on a GPU moves too
@@ -88,13 +88,13 @@ def lower(
         Called with a phase's name and its result.
     """
     module, on_gpu = define_dimensions(model.module), target.kind == "cuda"
+    # Before constants are lifted: of a mask that is one it is known that it only hides.
     if on_gpu:
-        # A mask that is a table is known as long as it is a constant.
         module = fuse_prompts(module, partial(_prompts, half_of(layers.values())))
+    else:
+        module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
     module, params = lift_tables(module, model.params, model.tables)
     module = join_steps(module)
-    if not on_gpu:
-        module = fuse_attention(module, partial(cpu.attention, simd=cpu.simd_of(tvm.target.Target(target.tvm))))
     # Recurrences, which importers make, get their schedule with the rest.
     made = (name for name, function in _functions(module) if function.attrs.get(SCHEDULED, False))
     attentions = dict.fromkeys(made, "rule:attention")
