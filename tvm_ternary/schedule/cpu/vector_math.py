@@ -31,6 +31,7 @@ ROUND_BITS = 0x4B400000
 # exp is zero below, where its value would be denormal and arithmetic many times slower, and infinite above.
 EXP_LOW = -87.33654
 EXP_HIGH = 89.0
+EXP_TO_ONE = (8.2902722e-3, 4.1898161e-2, 1.6667639e-1, 4.9999148e-1, 9.9999970e-1, 1.0)
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 ERF_CLAMP = 3.832506856900711
@@ -129,7 +130,8 @@ def exp(x: Expr) -> Expr:
 def exp_to_one(x: Expr) -> Expr:
     """`exp` for x that is not above 0, as softmax has it: no bound above, and 2 to the n is one factor.
 
-    The nearest integer comes with the bias of an exponent, so that a shift makes it a power of two.
+    The nearest integer comes with the bias of an exponent, so that a shift makes it a power of two. The polynomial is
+    the best one of its degree, relative to e to the r, that is 1 for 0: three operations less than that of `exp`.
     """
     biased = ROUND + 127
 
@@ -137,7 +139,7 @@ def exp_to_one(x: Expr) -> Expr:
         whole = rounded - _f32(biased)
         power = tirx.reinterpret("float32", tirx.reinterpret("int32", rounded) << _i32(23))
         remainder = x - whole * _f32(LN2_HIGH) - whole * _f32(LN2_LOW)
-        return _let(remainder, _polynomial) * power
+        return _let(remainder, lambda r: _horner(r, EXP_TO_ONE)) * power
 
     def whole_range(x: Expr) -> Expr:
         return Select(x < _f32(EXP_LOW), _f32(0.0), _let(x * _f32(LOG2E) + _f32(biased), lambda n: within(x, n)))

@@ -86,9 +86,9 @@ def llvm(name: str, dtype: str, *args: Any) -> Any:
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
 
 
-def prefetch(address: Any) -> tirx.Evaluate:
-    """Ask for the line at an address, to be read and kept; one that is not there is no fault."""
-    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+def prefetch(address: Any, *, to_write: bool = False) -> tirx.Evaluate:
+    """Ask for the line at an address, to be kept; one that is not there is no fault."""
+    read, keep, data = T.int32(int(to_write)), T.int32(3), T.int32(1)
     intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch")
     return tirx.Evaluate(T.call_llvm_intrin("void", intrinsic, address, read, keep, data))
 

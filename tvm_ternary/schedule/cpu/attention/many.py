@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 from tvm.sym import Analyzer
 from tvm.tirx import BufferStore, IfThenElse, Ramp, Select, Stmt, Var
 
+from tvm_ternary.schedule.cpu.attention.ahead import Ahead
 from tvm_ternary.schedule.cpu.attention.masks import Bits, Extremes, Tile, extremes_of
 from tvm_ternary.schedule.cpu.attention.operands import (
     HIDDEN,
@@ -52,11 +53,15 @@ class Many:
     knows_all = True
     """Whether a mask is of no more keys than there are: then what it hides is known before scores are."""
 
+    reads_keys = True
+    """Whether keys and values are read as they lie."""
+
     def __init__(self, on: Operands, tile: Tile, extremes: Extremes | None) -> None:
         self.on, self.tile, self.shape, self.extremes = on, tile, on.shape, extremes
         self.lanes, self.rows = on.lanes, on.rows
         self.width = tile.vectors * on.lanes
         self.kv = tirx.floordiv(tile.head, index(self.shape.group)) if self.shape.group > 1 else tile.head
+        self.ahead = Ahead(on, tile, self.kv, self.width, self.rows, keys=self.reads_keys)
         shapes = {"q": self.shape.size, "scores": KEYS, "o": self.shape.value_size}
         self.buffers = {name: buffer(name, n, self.width) for name, n in shapes.items()}
         self.state = {name: buffer(name, self.width) for name in ("peak", "total", "block_peak", "fade")}
@@ -76,6 +81,7 @@ class Many:
             self._fill(lambda c: BufferStore(state["total"], ZERO, [c])),
             loop(self.shape.value_size, lambda d: self._fill(lambda c: BufferStore(o, ZERO, [d, c])), name="d"),
             self._load_queries(),
+            *self.ahead.ask_for_tiles(),
         ]
         body = sequence(*start, self._over_keys(), self._store())
         return scope("tile", body, [*self.buffers.values(), *state.values()])
@@ -242,7 +248,8 @@ class Many:
                     k = source.key_at(self.tile.batch, self.kv, first + tirx.min(key, count - 1), d)
                     return self._fill(lambda c: BufferStore(acc, acc[c] + k * q[d, c], [c]))
 
-                return sequence([one(acc, key) for acc, key in zip(sums, keys, strict=True)])
+                ask = self.ahead.ask_for_value(first, number, d)
+                return sequence(ask, [one(acc, key) for acc, key in zip(sums, keys, strict=True)])
 
             ends = self._keep(first, keys, count, lambda row, c: sums[row][c])
             return scope("scores", sequence(zeros(sums, self.lanes), loop(self.shape.size, step, name="d"), ends), sums)
@@ -333,7 +340,8 @@ class Many:
                     v = source.value_at(self.tile.batch, self.kv, first + key, start + row)
                     return self._fill(lambda c: BufferStore(acc, acc[c] + v * scores[key, c], [c]))
 
-                return sequence([one(acc, row) for row, acc in enumerate(sums)])
+                ask = self.ahead.ask_for_key(first, start, key)
+                return sequence(ask, [one(acc, row) for row, acc in enumerate(sums)])
 
             def load(acc: Var, row: int) -> Stmt:
                 return self._fill(lambda c: BufferStore(acc, o[start + row, c] * fade[c], [c]))

@@ -31,6 +31,8 @@ class ManyCached(Many):
 
     knows_all = False
 
+    reads_keys = False
+
     def __init__(
         self, on: Operands, cache: Cache, tile: Tile, extremes: Extremes | None, runs: tuple[Run, Run]
     ) -> None:

@@ -55,6 +55,8 @@ class PackedOperands(Operands):
 class ManyPacked(Many):
     """A tile of queries over packed blocks, then over the last keys."""
 
+    reads_keys = False
+
     def __init__(self, on: PackedOperands, cache: Cache, dot: ByteDot, tile: Tile, extremes: Extremes | None) -> None:
         super().__init__(on, tile, extremes)
         self.packed_on, self.cache = on, cache

@@ -172,6 +172,9 @@ class Operands:
         at = {"b": batch, "h": head, "m": query, "s": key}
         return [at[axis] if axis in self.shape.mask else index(0) for axis in "bhms"]
 
+    def out_at(self, batch: Expr, head: Expr, query: Expr, d: Expr) -> Expr:
+        return self.out[tuple(place(self.shape.out, batch, head, query, d))]
+
     def store(self, batch: Expr, head: Expr, query: Expr, d: Expr, value: Expr) -> Stmt:
         return BufferStore(self.out, value, place(self.shape.out, batch, head, query, d))
 
