@@ -6,14 +6,14 @@ float, times exp(the block's largest score - the largest of all), and what the w
 numbers, so that results are weighted means. A block that a mask adds something to is none of these: its values are read
 in float, so that what is hidden has no part in the scale of what is seen.
 
-With W and V the largest weight and value, M the largest magnitude of an element in a block, and P that share of the
-block's weights in those of all keys that the mean over it counts, a block adds to the error of a result
+With W and V the largest weight and value, M the largest magnitude of an element in a block, and P the block's share of
+all weights, a block adds to the error of a result at most
 
     P M / (2 V) + 64 g / (2 W) (mean of |v - result| over the block's keys),
 
 where g is the block's largest weight over the sum of all. That sum is at least the sum of g over the blocks, so that
-all blocks together err by at most M / 4,094 + max |v - result| / 512, however long the text is and however flat its
-weights are; a weight is wrong by 1/32,766 of the largest in its block, and most are no such outliers.
+all blocks together err by at most max M / 4,094 + max |v - result| / 512, however long the text is and however flat
+its weights are. The polynomial of the weights adds a tenth to the second part.
 
 Vector operations for a block of 64 keys, a tile of 32 queries and heads of 128, sixteen lanes, beside those of
 `many_packed`:

@@ -37,7 +37,8 @@ def attention_prefill(shape: Attention, packed: Packed, lengths: tuple[int | Non
         kv heads, blocks, size) float32. Rounded values are as `PairedValues` says. ``k`` has the last keys alone, ``v``
         and the mask all ``64 blocks + last`` of them. Rounding a query moves its scores by at most half a step, 1/254
         of its largest element times scale in the block, times the sum of the key's numbers without their signs;
-        `many_paired` says what rounding weights and values does.
+        `many_paired` says what rounding weights and values does. An infinity among rounded values makes that element of
+        a result NaN, as a NaN does.
 
     Raises
     ------
