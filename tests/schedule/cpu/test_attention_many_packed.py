@@ -285,17 +285,17 @@ def test_what_is_not_finite_stays_where_it_is(tier: str, what: float) -> None:
 
 
 def test_one_large_weight_and_a_long_flat_tail(tier: str) -> None:
-    """The tail has half of all weight, and its weights are a thirtieth of a step beside the largest."""
-    case = Case(replace(SHAPE, mask=""), 2, 3, 512, 0)
+    """The tail has a ninth of all weight, and beside the largest its weights are half a step each."""
+    case = Case(replace(SHAPE, mask=""), 2, 3, 64, 0)
     case.q[:] = 0
     case.q[..., 0] = 1
-    case.codes[:], case.key_scale[:] = 0, np.log(case.keys) / SHAPE.scale
+    case.codes[:], case.key_scale[:] = 0, np.log(8 * case.keys) / SHAPE.scale
     case.codes[:, :, 5, 3, 0] = 1
     case.v[:, :, 5 * BLOCK + 3] = 30
-    want = 15 + case.v[:, :, np.arange(case.keys) != 5 * BLOCK + 3].mean(2) / 2
+    want = (8 * 30 + case.v[:, :, np.arange(case.keys) != 5 * BLOCK + 3].mean(2)) / 9
     # What is lost is the tail within the block of the largest.
     lost = np.abs(case.run(tier) - np.repeat(want, SHAPE.group, 1)[:, :, None]).max()
-    assert lost <= 32 * BLOCK / case.keys / 2
+    assert lost <= 34 * BLOCK / case.keys / 9
     case.check(tier)
 
 
