@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from tvm.relax import op as R
 
-from tests.graph.onnx.running import Compiled, relative_error, run_onnxruntime
+from tests.graph.onnx.running import relative_error, run_onnxruntime
 from tests.graph.passes.small_graphs import make_module, random
 from tests.models import FLOAT, INT64, GraphBuilder, lstm, mlp
 from tvm_ternary.convert.batches import Batches
@@ -97,13 +98,13 @@ def test_groups_that_are_not_wanted_stay_as_they_are() -> None:
 
 def test_a_matrix_with_many_inputs_is_seen_with_all_of_them_once() -> None:
     """The states of a recurrence: of the float model, since the matrix has to be one and the same in all steps."""
-    model = import_onnx(lstm(state=False))
+    source = lstm(state=False)
+    model = import_onnx(source)
     samples = [{"x": random(5, 1, 6, seed=i)} for i in range(4)]
     recorder = Recorder(model)
     calibrate(model, samples, recorder, runner=RUNNER)
     assert list(recorder.seen) == [("rnn.weight_ih",), ("rnn.weight_hh",)]
-    whole = Compiled(model)
-    states = [whole(sample)[0].reshape(5, 8) for sample in samples]
+    states = [run_onnxruntime(source, sample)[0].reshape(5, 8) for sample in samples]
     before = [np.concatenate([np.zeros((1, 8), np.float32), s[:-1]]) for s in states]
     assert_statistics(recorder.seen["rnn.weight_hh",], np.concatenate(before))
     assert_statistics(recorder.seen["rnn.weight_ih",], np.concatenate([s["x"].reshape(5, 6) for s in samples]))
@@ -121,7 +122,7 @@ def test_a_matrix_used_twice_is_quantized_once_and_used_twice() -> None:
     assert_statistics(recorder.seen["w",], np.concatenate([x, x @ w]))
 
 
-def attention() -> ImportedModel:
+def attention() -> onnx.ModelProto:
     """Rows of a table that look at each other, between two matrices."""
     g = GraphBuilder()
     ids = g.input("ids", INT64, ["batch", "sequence"])
@@ -129,11 +130,12 @@ def attention() -> ImportedModel:
     scores = g.node("Softmax", g.node("MatMul", x, g.node("Transpose", x, perm=[0, 2, 1])), axis=-1)
     g.node("MatMul", g.node("MatMul", scores, x), g.weight("second", 8, 4), output="y")
     g.output("y", FLOAT, ["batch", "sequence", 4])
-    return import_onnx(g.model())
+    return g.model()
 
 
 def test_lengths_may_differ_and_nothing_is_padded() -> None:
-    model, runner, generator = attention(), SegmentRunner(), np.random.default_rng(0)
+    source, runner, generator = attention(), SegmentRunner(), np.random.default_rng(0)
+    model = import_onnx(source)
     samples = [{"ids": generator.integers(0, 20, (1, length))} for length in (3, 7, 3, 12)]
     segments = cut(model.module)
     batches = Batches(model, segments, samples, runner)
@@ -142,8 +144,8 @@ def test_lengths_may_differ_and_nothing_is_padded() -> None:
             assert sum(len(x) for x in batches.rows(segment)) == 3 + 7 + 3 + 12
         batches.advance(segment, {name: model.params[name] for name in segment.matrices})
     assert runner.runs == 3 * len(segments.segments), "the two of one length run together"
-    whole = Compiled(model)
-    expected = [np.concatenate([whole(samples[i])[0] for i in together]) for together in ((0, 2), (1,), (3,))]
+    single = [run_onnxruntime(source, sample)[0] for sample in samples]
+    expected = [np.concatenate([single[i] for i in together]) for together in ((0, 2), (1,), (3,))]
     for result, want in zip(batches.values(segments.result), expected, strict=True):
         assert relative_error(result[0].numpy(), want) < 1e-5
 
@@ -242,7 +244,7 @@ def test_bad_samples_are_named(samples: list[dict[str, Any]], message: str) -> N
 
 
 def test_tokens_that_the_model_has_no_rows_for_are_named() -> None:
-    model = attention()
+    model = import_onnx(attention())
     with pytest.raises(InputError, match="sample 0, input 'ids': holds 20; expected 0 to 19"):
         calibrate(model, [{"ids": np.array([[3, 20, 1]])}], Recorder(model))
 
