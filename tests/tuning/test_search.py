@@ -114,7 +114,8 @@ def test_what_was_proposed_and_not_measured_does_no_harm() -> None:
 
 @pytest.mark.parametrize("model", COST_MODELS)
 def test_the_same_seed_proposes_the_same(model: str) -> None:
-    first, again, other = (run(evolutionary(model, seed), 40) for seed in (3, 3, 4))
+    # Of the second batch, which a trained model proposes, a few are enough.
+    first, again, other = (run(evolutionary(model, seed), 20) for seed in (3, 3, 4))
     assert first == again != other
 
 
