@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -65,20 +66,27 @@ def results_of(batch: Path, *rows: dict[str, Any], **about: Any) -> Path:
     return batch / RESULTS
 
 
+@functools.cache
+def kernels(candidates: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    """The CUDA source of candidates, (id, decisions) each."""
+    functions = {
+        name: realize(decided_schedule(TASK.workload(), TASK.space, chosen).mod)["main"].with_attr(
+            "global_symbol", name
+        )
+        for name, chosen in candidates
+    }
+    with kernels_as_source():
+        source = cuda_source(tvm.compile(tvm.IRModule(functions), tvm.target.Target(TARGET.tvm)))
+    assert source is not None
+    return source
+
+
 def measure(
     batch: Path, *options: str, edit: Callable[[str], str] = str, **gpu: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the script where a driver tells of an H100 whose kernels are emulated; ``edit`` changes their source."""
     _, rows = read_rows(batch / CANDIDATES)
-    functions = {
-        row["id"]: realize(decided_schedule(TASK.workload(), TASK.space, decisions(row)).mod)["main"].with_attr(
-            "global_symbol", row["id"]
-        )
-        for row in rows
-    }
-    with kernels_as_source():
-        source = cuda_source(tvm.compile(tvm.IRModule(functions), tvm.target.Target(TARGET.tvm)))
-    assert source is not None
+    source = kernels(tuple((row["id"], decisions(row)) for row in rows))
     settings = {"compute_capability": (9, 0), "checked": False, "name": "Emulated H100", **gpu}
     env = fake_gpu.environment(kernels=[edit(source)], **settings)
     env["TVM_TERNARY_CUDART"] = str(toolchain.fake_driver_folder() / "libcudart.so.13")
