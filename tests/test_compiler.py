@@ -344,9 +344,21 @@ tvm_ternary.compile(model, output, scheme=scheme, weights=weights)
 """
 
 
+def flattened() -> onnx.ModelProto:
+    """Tokens of all sequences as rows of one product: how many there are is computed from two dimensions."""
+    g = GraphBuilder("flattened")
+    x = g.input("x", FLOAT, ["batch", "length", 64])
+    batch, length = g.dim(x, 0), g.dim(x, 1)
+    rows = g.linear(g.node("Reshape", x, g.constant([-1, 64])), "fc", 64, 32)
+    shape = g.node("Concat", batch, length, g.constant([32]), axis=0)
+    g.node("Softmax", g.node("Reshape", rows, shape), axis=-1, output="y")
+    g.output("y", FLOAT, ["batch", "length", 32])
+    return g.model()
+
+
 @pytest.mark.parametrize(
     ("make", "scheme", "weights", "files"),
-    [(lambda: gpt2(layers=1), "t2a8g16", "inside", 2), (lambda: mlp(FEATURES), "t1a32", "beside", 3)],
+    [(flattened, "t2a8g16", "inside", 2), (lambda: mlp(FEATURES), "t1a32", "beside", 3)],
     ids=["inside", "beside"],
 )
 def test_two_processes_in_two_folders_give_the_same_bytes(
