@@ -83,8 +83,7 @@ class Pair:
         (lambda: mlp((64, 96, 32)), "t2a8g16", vectors),
         (lambda: mlp((64, 96, 32)), "t1a1", vectors),
         (lambda: mlp((64, 96, 32)), "t1abf16", vectors),
-        # Its products and attention are those of the next row; it takes as long.
-        pytest.param(lambda: gpt2(1), "t1a16g16", lambda: tokens(50), marks=pytest.mark.slow),
+        (lambda: gpt2(1), "t1a16g16", lambda: tokens(50)),
         # Most of whose matrices are of one shape.
         (lambda: llama(1, inner=32), "t1a8pt", lambda: tokens(50)),
     ],
