@@ -82,13 +82,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 def aims_table(measured: Sequence[AttentionMeasurement]) -> Table:
     """A row for each measurement of which something is promised, and whether it is kept."""
     columns = ("heads", "kind", "tokens", "threads", "cache", "ms", "best float32", "bfloat16", "of non-causal", "met")
-    whole = {_place(one): one.time.median for one in measured if not one.case.causal}
-    rows = [_aims(one, whole.get(_place(one))) for one in measured if _aims_of(one)]
+    rows = [_aims(one) for one in measured if _aims_of(one)]
     return Table(columns, tuple(rows), frozenset({2, 3, 5, 6, 7, 8}))
-
-
-def _place(one: AttentionMeasurement) -> tuple[object, ...]:
-    return one.case.shape, one.case.queries, one.case.keys, one.threads, one.scheme
 
 
 def _aims_of(one: AttentionMeasurement) -> Aims:
@@ -97,8 +92,7 @@ def _aims_of(one: AttentionMeasurement) -> Aims:
     return STEP_AIMS.get(one.scheme.planes, {}) if one.case.keys in AIM_CACHED else {}
 
 
-def _aims(one: AttentionMeasurement, whole: float | None) -> tuple[str, ...]:
-    """A row; ``whole`` is what the same prompt takes that is not causal."""
+def _aims(one: AttentionMeasurement) -> tuple[str, ...]:
     aims, cells, kept = _aims_of(one), [], list[bool | None]()
     for peers in (FLOAT32, BFLOAT16):
         # The best peer is the one that comes closest.
@@ -106,10 +100,9 @@ def _aims(one: AttentionMeasurement, whole: float | None) -> tuple[str, ...]:
         cells.append(_beside(ratio, aims.get(peers)))
         if peers in aims:
             kept.append(None if ratio is None else ratio >= aims[peers])
-    share = one.time.median / whole if one.case.causal and whole else None
-    cells.append(_beside(share, CAUSAL_AIM if one.case.causal else None))
+    cells.append(_beside(one.causal_share, CAUSAL_AIM if one.case.causal else None))
     if one.case.causal:
-        kept.append(None if share is None else share <= CAUSAL_AIM)
+        kept.append(None if one.causal_share is None else one.causal_share <= CAUSAL_AIM)
     met = "no" if False in kept else "not measured" if None in kept else "yes"
     case = [str(one.case.shape), one.case.kind, str(one.case.keys), str(one.threads), str(one.scheme)]
     return (*case, f"{one.time.median / 1e3:.3f}", *cells, f"**{met}**" if met != "yes" else met)

@@ -25,7 +25,7 @@ import tvm_ternary
 from benchmarks.models import llama_of
 from tvm_ternary.bench.machine import machine_facts
 from tvm_ternary.bench.model_peers import FLOAT, INT4, PEERS, SPIN, open_session
-from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
+from tvm_ternary.bench.timing import Spread, pace_of, time_turns, turn_ratio
 from tvm_ternary.runtime.module import Module
 from tvm_ternary.runtime.sample import random_inputs
 
@@ -83,7 +83,7 @@ def measure(libraries: dict[str, Path], peers: dict[str, Path], past: int, threa
         calls[name] = [lambda session=session: session.run(None, feeds)]  # type: ignore[misc]
     rests = dict.fromkeys(calls, SPIN) if threads > 1 else None
     time.sleep(SPIN)
-    samples = time_turns(calls, turns, PACE, rests)
+    samples = time_turns(calls, turns, pace_of(threads), rests)
     return {
         "past": past,
         "threads": threads,

@@ -54,6 +54,7 @@ def test_every_scheme_of_a_step_and_both_prompts(measured: list[AttentionMeasure
         assert sorted([*one.peers, *one.left_out]) == sorted(PEERS)
     found = [sorted(one.peers) for one in measured[-5:]]
     assert found == [["ort-gqa"], *[["ort-gqa", "ort-mha"]] * 2, *[["ort-mha"]] * 2]
+    assert all((one.causal_share is not None) is one.case.causal for one in measured)
     rounded = measured[-1]
     assert 1e-5 < rounded.error < rounded.loss
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_ternary.bench.timing import PACE, Pace, Spread, alternate, geometric_mean, turn_ratio
+from tvm_ternary.bench.timing import PACE, WAKING, Pace, Spread, alternate, geometric_mean, pace_of, turn_ratio
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -91,3 +91,9 @@ def test_others_wait_until_workers_sleep(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_slow_functions_are_called_less_often(seconds: float, calls: tuple[int, int]) -> None:
     assert PACE.calls(seconds) == calls
+
+
+def test_several_threads_are_warmed_for_longer() -> None:
+    """However short a call is, a host has the time to give them a core each."""
+    assert (pace_of(1), pace_of(2)) == (PACE, WAKING)
+    assert [WAKING.calls(seconds)[0] for seconds in (5e-5, 1e-3, 0.5)] == [3000, 150, 1]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tvm_ffi
 
-from tvm_ternary.bench.attention_case import AttentionEngine, Case, HeadShape, Operands
+from tvm_ternary.bench.attention_case import AttentionEngine, Case, Exact, HeadShape, Operands
 from tvm_ternary.bench.attention_engines import CacheScheme, Engines
 from tvm_ternary.bench.attention_peers import ATTENTION_PEERS, peers_for
 from tvm_ternary.bench.model import relative_error
 from tvm_ternary.bench.model_peers import SPIN
 from tvm_ternary.bench.roofline import Roofline
-from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
+from tvm_ternary.bench.timing import Spread, pace_of, time_turns, turn_ratio
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.ternary_keys import BLOCK
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
@@ -61,6 +62,9 @@ class AttentionMeasurement:
         Median over the turns of a peer's time over ours in the same turn: above 1 we are faster.
     peer_errors : dict of str to float
         Against the definition on the keys and values before they were quantized.
+    causal_share : float, optional
+        Of a causal prompt that was timed in turns with the same one that is not: median over the turns of its time
+        over the other's in the same turn.
     left_out : dict of str to str
         Peers that cannot compute this, and why.
     """
@@ -81,6 +85,7 @@ class AttentionMeasurement:
     peers: dict[str, Spread] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     peer_errors: dict[str, float] = field(default_factory=dict)
+    causal_share: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -198,34 +203,80 @@ def measure_attention(
     resolved = resolve(target)
     compute = ComputeThread(tvm_ffi, thread_count(threads))
     roofline, engines = Roofline(resolved, threads), Engines(resolved, window)
-    for case in cases:
+
+    def ready(case: Case) -> _Ready:
         operands = Operands(case)
         own = engines.make(operands, schemes if case.step else prompt_schemes)
         names, refusals = peers_for(case, peers)
         others = [compute.call(ATTENTION_PEERS[name].make, name, operands, threads) for name in names]
         errors = {one.name: compute.call(one.check, case) for one in (*own.values(), *others)}
-        samples = _time([*own.values(), *others], compute, turns)
-        spread = {name: Spread.of_turns(turn) for name, turn in samples.items()}
-        for scheme, engine in own.items():
-            yield AttentionMeasurement(
-                case=case,
-                scheme=scheme,
-                window=window,
-                threads=threads,
-                target=resolved.name,
-                time=spread[engine.name],
-                error=errors[engine.name],
-                loss=relative_error(engine.want, operands.exact),
-                bytes=engine.bytes,
-                token_bytes=scheme.token_bytes(case.shape, values=case.step),
-                cache_bytes=scheme.cache_bytes(case.shape, case.keys, window, values=case.step),
-                bandwidth=roofline.bandwidth(engine.bytes),
-                peak=_peak(roofline, case, scheme, pairs=resolved.tier in PAIR_DOTS),
-                peers={name: spread[name] for name in names},
-                ratios={name: turn_ratio(samples[name], samples[engine.name]) for name in names},
-                peer_errors={name: errors[name] for name in names},
-                left_out=refusals,
-            )
+        return _Ready(case, own, others, errors, operands.exact, refusals)
+
+    for _, twins in itertools.groupby(cases, _but_for_causal):
+        both = [ready(case) for case in twins]
+        samples = _time(both, compute, turns)
+        for one in both:
+            spread = {name: Spread.of_turns(samples[one.case, name]) for name in one.errors}
+            for scheme, engine in one.own.items():
+                times = samples[one.case, engine.name]
+                yield AttentionMeasurement(
+                    case=one.case,
+                    scheme=scheme,
+                    window=window,
+                    threads=threads,
+                    target=resolved.name,
+                    time=spread[engine.name],
+                    error=one.errors[engine.name],
+                    loss=relative_error(engine.want, one.exact),
+                    bytes=engine.bytes,
+                    token_bytes=scheme.token_bytes(one.case.shape, values=one.case.step),
+                    cache_bytes=scheme.cache_bytes(one.case.shape, one.case.keys, window, values=one.case.step),
+                    bandwidth=roofline.bandwidth(engine.bytes),
+                    peak=_peak(roofline, one.case, scheme, pairs=resolved.tier in PAIR_DOTS),
+                    peers={peer.name: spread[peer.name] for peer in one.others},
+                    ratios={peer.name: turn_ratio(samples[one.case, peer.name], times) for peer in one.others},
+                    peer_errors={peer.name: one.errors[peer.name] for peer in one.others},
+                    causal_share=_causal_share(one.case, engine.name, samples),
+                    left_out=one.refusals,
+                )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A case whose engines have been made and checked.
+
+    Attributes
+    ----------
+    case : Case
+    own : mapping of CacheScheme to AttentionEngine
+    others : sequence of AttentionEngine
+        The peers.
+    errors : mapping of str to float
+        By engine.
+    exact : array
+        The definition on the keys and values before they were quantized.
+    refusals : mapping of str to str
+        Peers that cannot compute the case, and why.
+    """
+
+    case: Case
+    own: Mapping[CacheScheme, AttentionEngine]
+    others: Sequence[AttentionEngine]
+    errors: Mapping[str, float]
+    exact: Exact
+    refusals: dict[str, str]
+
+
+Samples = Mapping[tuple[Case, str], Sequence[Sequence[float]]]
+
+
+def _but_for_causal(case: Case) -> Case:
+    return replace(case, causal=False)
+
+
+def _causal_share(case: Case, engine: str, samples: Samples) -> float | None:
+    whole = samples.get((_but_for_causal(case), engine))
+    return turn_ratio(samples[case, engine], whole) if case.causal and whole else None
 
 
 def _peak(roofline: Roofline, case: Case, scheme: CacheScheme, *, pairs: bool) -> float:
@@ -238,10 +289,13 @@ def _peak(roofline: Roofline, case: Case, scheme: CacheScheme, *, pairs: bool) -
     return 2 / (1 / roofline.int8_peak + 1 / values)
 
 
-def _time(engines: Sequence[AttentionEngine], compute: ComputeThread, turns: int) -> dict[str, list[list[float]]]:
-    """Microseconds of every call, by engine and turn, on the thread whose pool has the right size."""
-    calls = {engine.name: [engine.call] for engine in engines}
+def _time(group: Sequence[_Ready], compute: ComputeThread, turns: int) -> Samples:
+    """Microseconds of every call, by case and engine and turn, on the thread whose pool has the right size."""
+    # Ours first: what is compared with each other lies close together in a turn.
+    engines = [(one.case, engine) for one in group for engine in one.own.values()]
+    engines += [(one.case, engine) for one in group for engine in one.others]
+    calls = {(case, engine.name): [engine.call] for case, engine in engines}
     # Workers of one engine spin for a while on the cores that the next one needs.
     rests = dict.fromkeys(calls, SPIN) if compute.count > 1 else None
     time.sleep(_PAUSE)
-    return compute.call(time_turns, calls, turns, PACE, rests)
+    return compute.call(time_turns, calls, turns, pace_of(compute.count), rests)

@@ -16,7 +16,7 @@ from tvm_ternary.bench.memory import aligned_copy
 from tvm_ternary.bench.peers import PEERS
 from tvm_ternary.bench.peers.base import Problem
 from tvm_ternary.bench.roofline import Roofline
-from tvm_ternary.bench.timing import PACE, Spread, alternate
+from tvm_ternary.bench.timing import Spread, alternate, pace_of
 from tvm_ternary.errors import OptionError
 from tvm_ternary.formats.scheme import parse_packed
 from tvm_ternary.runtime.threads import ComputeThread, thread_count
@@ -150,7 +150,7 @@ class _Turns:
     def time(self, state: str, turns: int) -> dict[str, Spread]:
         """Time them all, on the thread whose pool has the right size."""
         functions = {name: calls if state == "cold" else calls[:1] for name, calls in self._calls.items()}
-        return self._compute.call(alternate, functions, turns, PACE, self._rests)
+        return self._compute.call(alternate, functions, turns, pace_of(self._compute.count), self._rests)
 
 
 def rests(engines: Sequence[Engine]) -> dict[str, float]:

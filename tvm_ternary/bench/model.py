@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tvm_ternary.bench.engines import WrongAnswerError
 from tvm_ternary.bench.model_costs import Costs, compile_apart, first_result_apart
 from tvm_ternary.bench.model_peers import FLOAT, INT8, PEERS, SPIN, choose_model_peers, feeds_of, open_session
-from tvm_ternary.bench.timing import PACE, Spread, time_turns, turn_ratio
+from tvm_ternary.bench.timing import Spread, pace_of, time_turns, turn_ratio
 from tvm_ternary.errors import OptionError
 from tvm_ternary.runtime.arrays import aligned
 from tvm_ternary.runtime.module import Module, load
@@ -228,7 +228,7 @@ class _Case:
         # Workers of one engine spin for a while on the cores that the next one needs.
         rests = dict.fromkeys(calls, SPIN) if self._threads > 1 else None
         time.sleep(SPIN)
-        samples = time_turns(calls, turns, PACE, rests)
+        samples = time_turns(calls, turns, pace_of(self._threads), rests)
         spread = {name: Spread.of_turns(own) for name, own in samples.items()}
         for scheme in self._modules:
             yield ModelMeasurement(

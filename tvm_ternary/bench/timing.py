@@ -6,9 +6,11 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,22 @@ class Pace:
 
 PACE = Pace()
 """After an engine that has read far more than the caches hold, M = 1 takes eight calls to be warm again."""
+WAKING = Pace(warming=0.15, most_warming=10_000)
+"""For several threads, after a rest. The CPUs of a rented machine are threads of its host, which may put one that wakes
+up beside another on the same core, and take 0.1 s to move it: two are then as fast as one."""
+
+
+def pace_of(threads: int) -> Pace:
+    """Which of the two is for engines of so many threads."""
+    return WAKING if threads > 1 else PACE
 
 
 def alternate(
-    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    functions: Mapping[_Name, Sequence[Callable[[], Any]]],
     turns: int,
     pace: Pace = PACE,
-    rests: Mapping[str, float] | None = None,
-) -> dict[str, Spread]:
+    rests: Mapping[_Name, float] | None = None,
+) -> dict[_Name, Spread]:
     """Time functions in turns.
 
     A function given as several copies goes on to the next copy with every call, which finds none of its data in a
@@ -90,15 +100,15 @@ def alternate(
 
 
 def time_turns(
-    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    functions: Mapping[_Name, Sequence[Callable[[], Any]]],
     turns: int,
     pace: Pace = PACE,
-    rests: Mapping[str, float] | None = None,
-) -> dict[str, list[list[float]]]:
+    rests: Mapping[_Name, float] | None = None,
+) -> dict[_Name, list[list[float]]]:
     """As `alternate`, but give the microseconds of every call, a list for each turn."""
     endless = {name: itertools.cycle(copies) for name, copies in functions.items()}
     calls = {name: pace.calls(_estimate(copies, endless[name])) for name, copies in functions.items()}
-    samples: dict[str, list[list[float]]] = {name: [] for name in functions}
+    samples: dict[_Name, list[list[float]]] = {name: [] for name in functions}
     for _ in range(turns):
         for name, copies_of in endless.items():
             warming, timed = calls[name]
