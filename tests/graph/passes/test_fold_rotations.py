@@ -145,10 +145,11 @@ def small(
     size: int,
     *,
     batch: int | str = "batch",
+    length: int | str = "n",
     end: Callable[..., list[relax.Expr]] | None = None,
 ) -> ImportedModel:
-    """Attention with queries and keys as inputs, and values (batch, heads, n, size) that are made of x."""
-    shapes = {"x": (batch, "n", 5), "q": (batch, heads, "n", 4), "k": (batch, heads, "n", 4)}
+    """Attention with queries and keys as inputs, and values (batch, heads, length, size) that are made of x."""
+    shapes = {"x": (batch, length, 5), "q": (batch, heads, length, 4), "k": (batch, heads, length, 4)}
 
     def build(emit: Emit, x: relax.Var, q: relax.Var, k: relax.Var, **w: relax.Var) -> list[relax.Expr]:
         scores = emit(R.matmul(q, emit(R.permute_dims(k, [0, 1, 3, 2]))))
@@ -289,22 +290,46 @@ def test_columns_that_nothing_else_reads() -> None:
     near(turned.params["v"], np.concatenate([hadamard(weight[:, :8], 4), weight[:, 8:]], 1))
 
 
-def returned(emit: Emit, mixed: relax.Var, w: Mapping[str, relax.Var]) -> list[relax.Expr]:
+def rows_of(emit: Emit, mixed: relax.Var) -> relax.Var:
     rows = emit(R.permute_dims(mixed, [0, 2, 1, 3]))
     batch, length, *_ = rows.ty.shape.values
-    rows = emit(R.reshape(rows, (batch, length, 8)))
+    return emit(R.reshape(rows, (batch, length, 8)))
+
+
+def returned(emit: Emit, mixed: relax.Var, w: Mapping[str, relax.Var]) -> list[relax.Expr]:
+    rows = rows_of(emit, mixed)
     return [emit(R.matmul(rows, w["o"])), rows]
 
 
 def normed_result(emit: Emit, mixed: relax.Var, w: Mapping[str, relax.Var]) -> list[relax.Expr]:
-    _, rows = returned(emit, mixed, w)
-    return [emit(R.matmul(emit(R.nn.rms_norm(rows, relax.const(np.ones(8, np.float32)), [-1])), w["o"]))]
+    normed = emit(R.nn.rms_norm(rows_of(emit, mixed), relax.const(np.ones(8, np.float32)), [-1]))
+    return [emit(R.matmul(normed, w["o"]))]
 
 
-@pytest.mark.parametrize("end", [returned, normed_result])
+def summed_over_tokens(emit: Emit, mixed: relax.Var, w: Mapping[str, relax.Var]) -> list[relax.Expr]:
+    """There are as many of them as elements."""
+    return [emit(R.matmul(emit(R.permute_dims(rows_of(emit, mixed), [0, 2, 1])), w["o"]))]
+
+
+@pytest.mark.parametrize("end", [returned, normed_result, summed_over_tokens])
 def test_results_that_need_a_kernel(end: Callable[..., list[relax.Expr]]) -> None:
-    model = small(plain, {"v": random(5, 8)}, 2, 4, end=end)
+    model = small(plain, {"v": random(5, 8)}, 2, 4, length=8, end=end)
     assert folded(model, frozenset({VALUE, RESULT}))[1] == [{VALUE}]
+
+
+@pytest.mark.parametrize("other", ["q", "v"])
+def test_keys_that_are_queries_or_values_too(other: str) -> None:
+    """Turned for one of them, they would be turned for the other."""
+
+    def build(emit: Emit, x: relax.Var, given: relax.Var, **w: relax.Var) -> list[relax.Expr]:
+        made = plain(emit, x, w)
+        operands = {"q": given, "v": given} | {other: made}
+        scores = emit(R.matmul(operands["q"], emit(R.permute_dims(made, [0, 1, 3, 2]))))
+        return [emit(R.matmul(emit(R.nn.softmax(scores)), operands["v"]))]
+
+    matrices = {"v": random(5, 8)}
+    module = make_module({"x": ("batch", "n", 5), "given": ("batch", 2, "n", 4)}, matrices, build)
+    assert folded(replace(BASE, module=module, params=matrices))[1] == [frozenset()]
 
 
 def test_what_is_ternary_already_stays() -> None:

@@ -127,18 +127,18 @@ class _Folder(Moves):
         if part == RESULT:
             return self._fold_result(match)
         states = match.states
-        operands = {
+        operand = {
             QUERY: match.query,
             KEY: states[1] if states else match.key,
             VALUE: states[3] if states else match.value,
-        }
-        return self._fold_operand(match, operands[part])
+        }[part]
+        return self._is_only(part, operand.value, match) and self._fold_operand(operand)
 
-    def _fold_operand(self, match: Match, operand: Operand) -> bool:
+    def _fold_operand(self, operand: Operand) -> bool:
         """By the columns of the matrix that an operand is a product with."""
         block = block_of(operand.layout, int(operand.extents["d"]))
         product = self._product_of(operand.value)
-        if block == 1 or product is None or not self._is_for(match, operand.value):
+        if block == 1 or product is None:
             return False
         dims = self.extents(product)
         if dims is None:
@@ -168,7 +168,7 @@ class _Folder(Moves):
         turns = {}
         for product, reached in walk.reached.items():
             rows = without_copies(reached)
-            if rows.ndim != 1 or not np.array_equal(np.sort(rows), ids.ravel()):
+            if not axes_of(reached)[-1] or rows.ndim != 1 or not np.array_equal(np.sort(rows), ids.ravel()):
                 return False
             turns[self.calls[product].args[1].name] = Turn(0, np.argsort(rows).reshape(-1, block))
         return self._note(walk, ids.reshape(-1, block), turns)
@@ -234,20 +234,24 @@ class _Folder(Moves):
         call = self.call_of(expr, "matmul")
         return call is not None and call.args[1] in self.matrices and self.readers[call.args[1]] == {expr}
 
-    def _is_for(self, match: Match, var: relax.Var) -> bool:
-        """Whether an operand reaches this attention alone; what it is joined to may be an output, too, which goes."""
+    def _is_only(self, part: str, var: relax.Var, match: Match) -> bool:
+        """Whether an operand is nothing else, here or elsewhere; joined to a past it may be an output, which goes."""
         mixed = self.only_reader(match.softmax)
         if mixed is not None and self.call_of(mixed, "reshape") is not None:
             mixed = self.only_reader(mixed)
+        product, place = (mixed, 1) if part == VALUE else (match.scores.product, (QUERY, KEY).index(part))
         joined = {match.key.value, match.value.value} if match.states else set()
 
         def leads_there(one: relax.Var) -> bool:
-            readers = self.readers[one] - ({self.returned} if one in joined else set())
-            return all(
-                reader in (match.scores.product, mixed)
-                or ((reader in joined or self.call_of(reader, *_TO_PRODUCT) is not None) and leads_there(reader))
-                for reader in readers
-            )
+            for reader in self.readers[one] - ({self.returned} if one in joined else set()):
+                if reader == product:
+                    right = [n for n, factor in enumerate(self.calls[reader].args) if factor == one] == [place]
+                else:
+                    moved = reader in joined or self.call_of(reader, *_TO_PRODUCT) is not None
+                    right = moved and leads_there(reader)
+                if not right:
+                    return False
+            return True
 
         return leads_there(var)
 
