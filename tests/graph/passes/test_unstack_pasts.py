@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -105,6 +106,43 @@ def test_a_half_that_something_else_reads() -> None:
     more = [helper.make_tensor_value_info("negative", TensorProto.FLOAT, ("batch", HEADS, "past", SIZE))]
     read = import_onnx(model(nodes, more))
     assert unstack_pasts(read) is read
+
+
+@pytest.mark.parametrize(
+    ("op", "operands"),
+    [("Mul", {"half": np.array(0.5, np.float32)}), ("Slice", {"1": [1], "8": [8], "axis": [3]})],
+    ids=["scaled", "shorter"],
+)
+def test_halves_that_are_not_the_past_as_it_is(op: str, operands: dict[str, Any]) -> None:
+    """An input in the place of one would not be scaled, or too long."""
+    nodes = many_operators()
+    for node in nodes:
+        node.input[:] = ["changed" if name == "past" else name for name in node.input]
+    changed = model([helper.make_node(op, ["past", *operands], ["changed"]), *nodes])
+    changed.graph.initializer.extend(numpy_helper.from_array(np.array(x), name) for name, x in operands.items())
+    imported = import_onnx(changed, {"past": 8})
+    assert unstack_pasts(imported) is imported
+
+
+def test_halves_of_another_order() -> None:
+    """Tokens before heads."""
+    nodes = [helper.make_node("Transpose", ["past"], ["turned"], perm=[1, 3, 0, 2, 4])]
+    for node in many_operators():
+        if node.op_type == "Gather":
+            node = helper.make_node("Gather", ["turned", node.input[1]], node.output, axis=2)
+        elif node.op_type == "Transpose" and node.output[0] in "kv":
+            node = helper.make_node("Identity", node.input, node.output)
+        elif node.op_type == "Concat" and node.output[0] in ("key", "value"):
+            name = node.output[0]
+            nodes += [helper.make_node("Concat", node.input, [f"{name}_rows"], axis=1)]
+            node = helper.make_node("Transpose", [f"{name}_rows"], [name], perm=[0, 2, 1, 3])
+        elif node.op_type == "Unsqueeze":
+            node = helper.make_node("Unsqueeze", [node.input[0] + "_rows", node.input[1]], node.output)
+        nodes.append(node)
+    turned = model(nodes)
+    turned.graph.output[1].CopyFrom(helper.make_tensor_value_info("present", TensorProto.FLOAT, [None] * 5))
+    imported = import_onnx(turned)
+    assert unstack_pasts(imported) is imported
 
 
 def test_a_past_of_a_fixed_length() -> None:

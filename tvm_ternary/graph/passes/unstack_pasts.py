@@ -41,6 +41,10 @@ def unstack_pasts(model: ImportedModel, names: Container[str] | None = None) -> 
     return _Rewriter(model, found).run() if found else model
 
 
+_IN_ORDER = ("reshape", "squeeze", "expand_dims", "strided_slice", "split")
+"""What takes a half out of a past and moves none of its elements."""
+
+
 @dataclass(frozen=True)
 class _Stacked:
     """Where the two halves of a past are, and what their joined ones are stacked to."""
@@ -69,6 +73,8 @@ class _Finder(Moves):
         number = np.arange(2).reshape(2, *[1] * (len(dims) - 1))
         if not self._follow(past, np.broadcast_to(number, dims), halves) or len(halves) < 2:
             return None
+        if any(self.extents(half) != dims[1:] for half in halves.values()):
+            return None
         joined = {n: self._joined(half) for n, half in halves.items()}
         presents = {self._present(one) for one in joined.values()}
         if None in joined.values() or len(presents) > 1:
@@ -79,13 +85,15 @@ class _Finder(Moves):
         return _Stacked((halves[0], halves[1]), (joined[0], joined[1]), present)
 
     def _follow(self, var: relax.Var, numbers: np.ndarray, halves: dict[int, relax.Var]) -> bool:
-        """Whether all that reads a past are its halves, each one tensor."""
+        """Whether all that reads a past are its halves, each one tensor, whole and as it is."""
         if numbers.ndim > 1 and not any(numbers.strides) and var not in self.inputs:
             n = int(numbers.flat[0])
             alone = n not in halves
             halves[n] = var
             return alone
         for reader in self.readers[var]:
+            if self.call_of(reader, *_IN_ORDER) is None:
+                return False
             moved = dict(self.moved(var, reader, numbers))
             if not moved or not all(self._follow(to, places, halves) for to, places in moved.items()):
                 return False
