@@ -25,7 +25,7 @@ from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.onnx.values import describe, plain
 from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, find_attentions, known_extent
-from tvm_ternary.graph.passes.find_pasts import named_attentions
+from tvm_ternary.graph.passes.find_pasts import find_caches, named_attentions
 from tvm_ternary.runtime.linear import Linear, read_linear
 
 
@@ -35,17 +35,18 @@ def without_past(model: ImportedModel) -> ImportedModel:
     Parameters
     ----------
     model : ImportedModel
-        All of whose attentions `find_caches` gives without a reason.
+        Attentions that `find_caches` gives a reason for stay as they are.
     """
-    matches = named_attentions(model)
+    reasons = find_caches(model)
     values: dict[tvm.tirx.Var, Any] = {}
-    for match in matches.values():
+    for match in (match for name, match in named_attentions(model).items() if reasons[name] is None):
         past, new = match.states[0].extents["l"], match.query.extents["l"]
         values |= {past: tvm.tirx.IntImm("int64", 0)} | dict.fromkeys(totals_of(match, past), new)
     # Bound while there are inputs that it is a dimension of.
     bound = relax.transform.BindSymbolicVars(values, "main")(model.module).clone()
     bound["main"] = tvm_ffi.structural_map(bound["main"], (tvm.tirx.Max, _larger))
-    found = dict(zip(matches, find_attentions(bound).values(), strict=True))
+    matches = zip(reasons.items(), find_attentions(bound).values(), strict=True)
+    found = {name: match for (name, reason), match in matches if reason is None}
     known = {describe(dim): n if isinstance(n := plain(value), int) else describe(n) for dim, value in values.items()}
     return _Whole(replace(model, module=bound), found).run(known)
 
