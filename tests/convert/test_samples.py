@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tvm_ternary.convert.samples import load_samples
+from tvm_ternary.convert.samples import load_samples, readable_twice
 from tvm_ternary.errors import HostError, InputError, OptionError
 from tvm_ternary.runtime.manifest import TensorSpec
 
@@ -96,6 +96,24 @@ def test_windows_give_as_many_texts_as_wanted_of_all_lengths(tokenizer: Path) ->
 def test_an_iterable_of_inputs_is_read_once() -> None:
     samples = load_samples(({"x": np.full((2, 3), i, np.float32)} for i in range(4)), X, 2)
     assert [sample["x"].shape for sample in samples] == [(2, 3), (2, 3)]
+
+
+def test_what_can_be_read_twice(tmp_path: Path) -> None:
+    class Entry:
+        """A path of another kind, as `os.scandir` gives."""
+
+        def __fspath__(self) -> str:
+            return str(tmp_path / "c.npz")
+
+    entry = Entry()
+    assert [readable_twice(data) for data in (entry, "c.npz", tmp_path)] == [entry, "c.npz", tmp_path]
+    assert readable_twice(iter("ab")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("item", [3, np.ones(1, np.float32)])
+def test_samples_that_are_none(item: Any) -> None:
+    with pytest.raises(InputError, match=f"sample 0: is {type(item).__name__}; expected inputs by name, or a text"):
+        load_samples([item], X, 1)
 
 
 def write(path: Path, content: Any) -> Path:

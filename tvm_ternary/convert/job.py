@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tvm_ternary.convert.folder import write_folder
 from tvm_ternary.convert.mixed import Budget, mixed_plan
 from tvm_ternary.convert.parts import Parts, open_parts
-from tvm_ternary.convert.samples import find_tokenizer, given_names, load_samples
+from tvm_ternary.convert.samples import find_tokenizer, given_names, load_samples, readable_twice
 from tvm_ternary.convert.whole_texts import model_for
 from tvm_ternary.convert.work import Progress, QuantizedLayer, Work, described
 from tvm_ternary.errors import OptionError, OutputError
@@ -157,7 +157,7 @@ def quantize_model(
     inputs: list[dict[str, npt.NDArray[Any]]] | None = None
     measured = imported
     if calibration is not None and (budget is not None or not dry_run):
-        data = calibration if isinstance(calibration, str | Path) else list(calibration)
+        data = readable_twice(calibration)
         measured, text = model_for(imported, given_names(data)), find_tokenizer(tokenizer, source)
         inputs = load_samples(data, measured.inputs, samples, seed, text, length, windows=True)
     if budget is not None:

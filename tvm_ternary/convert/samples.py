@@ -104,6 +104,11 @@ def load_samples(
     return [_sample(f"{origin}, sample {i}", inputs, item) for i, item in enumerate(chosen)]
 
 
+def readable_twice(data: Data) -> Data:
+    """What an iterable gives, once and for all; a path as it is."""
+    return data if isinstance(data, str | os.PathLike) else list(data)
+
+
 def given_names(data: Data) -> set[str]:
     """The inputs that samples name; texts name none.
 
@@ -164,7 +169,7 @@ def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:
 def _text(item: Mapping[str, Any] | str) -> str | None:
     if isinstance(item, str):
         return item
-    text = item.get("text") if len(item) == 1 else None
+    text = item.get("text") if isinstance(item, Mapping) and len(item) == 1 else None
     return text if isinstance(text, str) else None
 
 
