@@ -15,6 +15,7 @@ again for the next kind of rounding. The function is called with tensors in the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,9 +23,9 @@ import tvm
 from tvm import relax
 
 from tvm_ternary.graph.importer import ImportedModel
-from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, find_attentions
 from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.graph.passes.replace_attentions import ReplaceAttentions
 from tvm_ternary.kernels.attention import Attention
 
 
@@ -68,7 +69,7 @@ def call_attention(model: ImportedModel, function: str) -> tuple[ImportedModel, 
     names = [_name(match, number, inputs) for number, match in enumerate(found.values())]
     alone = {var: replace(match, joined=False) for var, match in found.items()}
     rewriter = _Rewriter(model.module, alone, function)
-    module = relax.transform.DeadCodeElimination()(rewriter.run())
+    module = rewriter.run()
     calls = tuple(AttentionCall(name, rewriter.shapes[var]) for name, var in zip(names, found, strict=True))
     return replace(model, module=module), calls
 
@@ -79,25 +80,18 @@ def _name(match: Match, number: int, inputs: dict[relax.Var, str]) -> str:
 
 
 @relax.expr_functor.mutator
-class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: tvm.IRModule, found: dict[relax.Var, Match], function: str) -> None:
-        super().__init__(module)
-        self.main, self.found, self.function = module["main"], found, function
+class _Rewriter(ReplaceAttentions):
+    def __init__(self, module: tvm.IRModule, found: Mapping[relax.Var, Match], function: str) -> None:
+        super().__init__(module, found)
+        self.function = function
         self.numbers = {var: number for number, var in enumerate(found)}
         self.shapes: dict[relax.Var, Attention] = {}
 
-    def run(self) -> tvm.IRModule:
-        return with_main(self.builder_, self.visit_expr(self.main))
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        match = self.found.get(binding.var)
-        if match is None:
-            super().visit_var_binding_(binding)
-            return
+    def replacement(self, match: Match) -> Mapping[relax.Var, relax.Expr]:
         mask = add_masks(self.builder_, match, self.visit_expr, bits=False)
-        self.shapes[binding.var] = match.shape(mask.axes)
+        self.shapes[match.result] = match.shape(mask.axes)
         # A vector, since those of float32 are no part of a segment's code (`cut`): equal layers stay equal.
-        number = relax.const(np.array([self.numbers[binding.var]], np.float32))
+        number = relax.const(np.array([self.numbers[match.result]], np.float32))
         operands = [self.visit_expr(one.value) for one in (match.query, match.key, match.value)]
         call = relax.call_dps_packed(self.function, [number, *operands, *mask.operands], match.result.ty)
-        self.set_var_remap(binding.var, self.builder_.emit(call))
+        return {match.result: call}

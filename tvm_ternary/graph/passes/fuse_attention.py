@@ -20,7 +20,7 @@ an addition, so that a hidden score that is not finite shows, where the choice w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import tvm
@@ -29,8 +29,9 @@ from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
 from tvm_ternary.graph.fuse import OP_PATTERN
-from tvm_ternary.graph.passes.dataflow import dims_of, with_main
+from tvm_ternary.graph.passes.dataflow import dims_of
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
+from tvm_ternary.graph.passes.replace_attentions import ReplaceAttentions
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.kernels.mask_words import INJECTIVE, NAME, mask_words
 
@@ -55,29 +56,23 @@ def fuse_attention(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
     found = find_attentions(module)
     if not found:
         return module
-    return relax.transform.DeadCodeElimination()(_Rewriter(module, found, schedule).run())
+    return _Rewriter(module, found, schedule).run()
 
 
 @relax.expr_functor.mutator
-class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: tvm.IRModule, found: dict[relax.Var, Match], schedule: Schedule) -> None:
-        super().__init__(module)
-        self.main, self.found, self.schedule = module["main"], found, schedule
+class _Rewriter(ReplaceAttentions):
+    def __init__(self, module: tvm.IRModule, found: Mapping[relax.Var, Match], schedule: Schedule) -> None:
+        super().__init__(module, found)
+        self.schedule = schedule
         self.functions: dict[Any, tvm.ir.GlobalVar] = {}
 
-    def run(self) -> tvm.IRModule:
-        return with_main(self.builder_, self.visit_expr(self.main))
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        match = self.found.get(binding.var)
-        if match is None:
-            super().visit_var_binding_(binding)
-        else:
-            results = self.builder_.emit(self._call(match))
-            names = [match.result, *((match.key.value, match.value.value) if match.joined else ())]
-            for number, var in enumerate(names):
-                field = self.builder_.emit(relax.TupleGetItem(results, number)) if match.joined else results
-                self.set_var_remap(var, field)
+    def replacement(self, match: Match) -> Mapping[relax.Var, relax.Expr]:
+        call = self._call(match)
+        if not match.joined:
+            return {match.result: call}
+        results = self.builder_.emit(call)
+        names = match.result, match.key.value, match.value.value
+        return {var: relax.TupleGetItem(results, number) for number, var in enumerate(names)}
 
     def _call(self, match: Match) -> relax.Expr:
         mask = add_masks(self.builder_, match, self.visit_expr)

@@ -14,16 +14,16 @@ What becomes of masks, of queries that see no key, and of ``where``, is said in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import tvm
 from tvm import relax
 
-from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, find_attentions, known_extent
 from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.graph.passes.replace_attentions import ReplaceAttentions
 from tvm_ternary.kernels.attention import Attention
 
 Halves = tuple[tvm.tirx.PrimFunc, list[tuple[int, ...]], tvm.tirx.PrimFunc]
@@ -49,28 +49,17 @@ def fuse_prompts(module: tvm.IRModule, schedule: Schedule) -> tvm.IRModule:
     found = find_attentions(module)
     if not found:
         return module
-    return relax.transform.DeadCodeElimination()(_Rewriter(module, found, schedule).run())
+    return _Rewriter(module, found, schedule).run()
 
 
 @relax.expr_functor.mutator
-class _Rewriter(relax.PyExprMutator):
-    def __init__(self, module: tvm.IRModule, found: dict[relax.Var, Match], schedule: Schedule) -> None:
-        super().__init__(module)
-        self.main, self.found, self.schedule = module["main"], found, schedule
+class _Rewriter(ReplaceAttentions):
+    def __init__(self, module: tvm.IRModule, found: Mapping[relax.Var, Match], schedule: Schedule) -> None:
+        super().__init__(module, found)
+        self.schedule = schedule
         self.functions: dict[Any, tuple[tvm.ir.GlobalVar, list[relax.TensorType], tvm.ir.GlobalVar] | None] = {}
 
-    def run(self) -> tvm.IRModule:
-        return with_main(self.builder_, self.visit_expr(self.main))
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        match = self.found.get(binding.var)
-        call = None if match is None else self._call(match)
-        if call is None:
-            super().visit_var_binding_(binding)
-        else:
-            self.set_var_remap(binding.var, self.builder_.emit(call))
-
-    def _call(self, match: Match) -> relax.Expr | None:
+    def replacement(self, match: Match) -> Mapping[relax.Var, relax.Expr]:
         mask = add_masks(self.builder_, match, self.visit_expr)
         # What is joined of a past and new ones is a result of its own, and is there.
         shape = replace(match.shape(mask.axes, mask.hidden), joined=False)
@@ -78,12 +67,12 @@ class _Rewriter(relax.PyExprMutator):
         query, key, _ = (one.extents for one in operands)
         functions = self._functions(shape, tuple(map(known_extent, (query["b"], query["l"], key["l"]))))
         if functions is None:
-            return None
+            return {}
         round_, types, attend = functions
         q, k, v = (self.visit_expr(one.value) for one in operands)
         rounded = self.builder_.emit(relax.call_tir(round_, [k, v], types))
         halves = [self.builder_.emit(relax.TupleGetItem(rounded, n)) for n in range(len(types))]
-        return relax.call_tir(attend, [q, *halves, *mask.operands], match.result.ty)
+        return {match.result: relax.call_tir(attend, [q, *halves, *mask.operands], match.result.ty)}
 
     def _functions(
         self, shape: Attention, lengths: tuple[int | None, ...]

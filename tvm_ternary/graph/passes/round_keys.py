@@ -24,11 +24,11 @@ from tvm import relax
 
 from tvm_ternary.graph.importer import ImportedModel
 from tvm_ternary.graph.passes.cache_attention import CacheChoice, Choices
-from tvm_ternary.graph.passes.dataflow import with_main
 from tvm_ternary.graph.passes.find_attention import Match, as_index, known_extent
 from tvm_ternary.graph.passes.find_pasts import named_attentions
 from tvm_ternary.graph.passes.fold_rotations import KEY, QUERY, Parts, fold_rotations
 from tvm_ternary.graph.passes.fuse_attention import add_masks
+from tvm_ternary.graph.passes.replace_attentions import ReplaceAttentions
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.manifest import AttentionInfo
@@ -75,12 +75,11 @@ def round_keys(model: ImportedModel, choices: Choices, schedule: Schedule) -> Im
     model, folded = fold_rotations(model, rounded, wanted)
     rounded = {name: match for name, match in named_attentions(model).items() if name in rounded}
     rewriter = _Rewriter(model.module, rounded, chosen, schedule, folded)
-    module = relax.transform.DeadCodeElimination()(rewriter.run())
-    return replace(model, module=module, attentions=infos)
+    return replace(model, module=rewriter.run(), attentions=infos)
 
 
 @relax.expr_functor.mutator
-class _Rewriter(relax.PyExprMutator):
+class _Rewriter(ReplaceAttentions):
     def __init__(
         self,
         module: tvm.IRModule,
@@ -89,23 +88,15 @@ class _Rewriter(relax.PyExprMutator):
         schedule: Schedule,
         folded: Mapping[str, Parts],
     ) -> None:
-        super().__init__(module)
-        self.main, self.matches, self.chosen, self.schedule = module["main"], matches, chosen, schedule
-        self.folded = folded
+        super().__init__(module, {match.result: match for match in matches.values()})
+        self.chosen, self.schedule, self.folded = chosen, schedule, folded
         self.names = {match.result: name for name, match in matches.items()}
         self.rotations = Rotations(self.builder_)
         self.functions: dict[Any, tuple[tvm.ir.GlobalVar, tvm.ir.GlobalVar, Outputs]] = {}
 
-    def run(self) -> tvm.IRModule:
-        return with_main(self.builder_, self.visit_expr(self.main))
-
-    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        name = self.names.get(binding.var)
-        if name is None:
-            super().visit_var_binding_(binding)
-        else:
-            call = self._call(self.matches[name], self.chosen[name], self.folded[name])
-            self.set_var_remap(binding.var, self.builder_.emit(call))
+    def replacement(self, match: Match) -> Mapping[relax.Var, relax.Expr]:
+        name = self.names[match.result]
+        return {match.result: self._call(match, self.chosen[name], self.folded[name])}
 
     def _call(self, match: Match, choice: CacheChoice, folded: Parts) -> relax.Expr:
         mask = add_masks(self.builder_, match, self.visit_expr)
