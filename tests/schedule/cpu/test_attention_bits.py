@@ -75,3 +75,12 @@ def test_joined(queries: int, past: int, new: int) -> None:
     case = Case(replace(BASE, joined=True, hidden=LOWEST), 2, queries, past + new)
     case.mask = added(seen_by("padded", [1, 1, queries, past + new], 3), LOWEST)
     check_joined(case, "native", past, (2, queries, past, new))
+
+
+@pytest.mark.parametrize("hidden", [-np.inf, LOWEST])
+def test_keys_behind_all_that_a_tile_sees_are_not_read(hidden: float) -> None:
+    case = Case(replace(BASE, mask="ms", hidden=hidden), 2, 16, 64)
+    case.mask = added(np.tri(16, 64, dtype=bool)[None, None], hidden)
+    before = case.run("native", (2, 16, 64))
+    case.k[:, :, 16:] = case.v[:, :, 16:] = np.nan
+    np.testing.assert_array_equal(case.run("native", (2, 16, 64)), before)

@@ -18,7 +18,7 @@ from tvm.tirx import BufferStore, Ramp, Stmt, Var
 from tvm_ternary.formats import LANES
 from tvm_ternary.kernels.ternary_keys import BLOCK, digits
 from tvm_ternary.schedule.cpu.attention.many import Many
-from tvm_ternary.schedule.cpu.attention.operands import buffer
+from tvm_ternary.schedule.cpu.attention.operands import buffer, tiles
 from tvm_ternary.schedule.cpu.attention.packed import Cache
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence
 from tvm_ternary.schedule.intrinsics import ByteDot
@@ -47,7 +47,7 @@ class BlockScores(ABC):
 
     def write(self, block: Expr) -> Stmt:
         """Keep the scores of a block."""
-        number = BLOCK // self.key_rows
+        number = tiles(self.many.reach(index(BLOCK)), self.key_rows)
         return sequence(
             self._round(block),
             self._unpack(block),

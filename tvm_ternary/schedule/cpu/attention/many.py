@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.sym import Analyzer
-from tvm.tirx import BufferStore, IfThenElse, Ramp, Select, Stmt, Var
+from tvm.tirx import Bind, BufferStore, IfThenElse, Ramp, Select, Stmt, Var
 
 from tvm_ternary.schedule.cpu.attention.ahead import Ahead
 from tvm_ternary.schedule.cpu.attention.masks import Bits, Extremes, Tile, extremes_of
@@ -66,6 +66,8 @@ class Many:
         self.buffers = {name: buffer(name, n, self.width) for name, n in shapes.items()}
         self.state = {name: buffer(name, self.width) for name in ("peak", "total", "block_peak", "fade")}
         self.by_query = "m" in self.shape.mask
+        # A variable, and no element of a buffer: of an extent that is read from memory TVM loses track.
+        self.reached = Var("reached", "int64") if self.by_query and isinstance(extremes, Bits) else None
         if self.by_query and self.shape.hidden is not None:
             self.buffers["hidden"] = tirx.decl_buffer([index(KEYS // 32), index(self.width)], "uint32", "hidden")
         elif self.by_query:
@@ -170,9 +172,18 @@ class Many:
         load = [self._load_mask(first, count)] if "hidden" in self.buffers else []
         if self.by_query:
             load = [IfThenElse(tirx.Not(self._plain(first)), *load, None)]
-        skip = tirx.all(self.extremes.hides(self.tile, first), self._hidden_is_nothing(low))
+        nothing = self._hidden_is_nothing(low)
+        if self.reached is not None and isinstance(self.extremes, Bits):
+            load = [Bind(self.reached, Select(nothing, self.extremes.reach(self.tile, first), index(KEYS))), *load]
+        skip = tirx.all(self.extremes.hides(self.tile, first), nothing)
         block = IfThenElse(tirx.Not(skip), sequence(load, work), None)
         return scope("masked", sequence(self._lowest_peak(low), block), [low])
+
+    def reach(self, count: Expr) -> Expr:
+        """Of the first ``count`` keys of a block those that have to be looked at: what is behind them is hidden."""
+        if self.reached is None:
+            return count
+        return self.reached if static(count) == KEYS else tirx.min(count, self.reached)
 
     def _hidden_is_nothing(self, low: Var) -> Expr:
         """Whether what the mask hides is nothing beside what each query sees, of which ``low`` is the least peak."""
@@ -237,7 +248,7 @@ class Many:
 
     def _scores(self, source: Source, first: Expr, count: Expr) -> Stmt:
         q = self.buffers["q"]
-        number_of_tiles = tiles(count, self.rows)
+        number_of_tiles = tiles(self.reach(count), self.rows)
 
         def tile(number: Expr) -> Stmt:
             sums = [buffer(f"sum{row}", self.width) for row in range(self.rows)]
@@ -327,7 +338,7 @@ class Many:
 
             return self._fill(write)
 
-        return sequence(self._fill(start), loop(count, one, name="key"))
+        return sequence(self._fill(start), loop(self.reach(count), one, name="key"))
 
     def _values(self, source: Source, first: Expr, count: Expr) -> Stmt:
         scores, o, fade = self.buffers["scores"], self.buffers["o"], self.state["fade"]
@@ -351,7 +362,7 @@ class Many:
 
             loads = [load(acc, row) for row, acc in enumerate(sums)]
             stores = [store(acc, row) for row, acc in enumerate(sums)]
-            return scope("values", sequence(loads, loop(count, step, name="key"), stores), sums)
+            return scope("values", sequence(loads, loop(self.reach(count), step, name="key"), stores), sums)
 
         whole, rest = divmod(self.shape.value_size, self.rows)
         parts = [loop(whole, lambda n: tile(n * self.rows, self.rows), name="tile")] if whole else []

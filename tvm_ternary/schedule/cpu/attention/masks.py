@@ -28,6 +28,7 @@ from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, s
 
 _ALL = tirx.const(-1, "int64")
 _NONE = tirx.const(0, "int64")
+_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class Bits(Extremes):
 
     def hides(self, tile: Tile, first: Expr) -> Expr:
         return tirx.EQ(self.buffers[0][(*self._place(tile), tirx.floordiv(first, index(KEYS)))], _NONE)
+
+    def reach(self, tile: Tile, first: Expr) -> Expr:
+        """How many keys of that block, in steps of `_STEP`, some query sees or has one behind them that it sees."""
+        word = self.buffers[0][(*self._place(tile), tirx.floordiv(first, index(KEYS)))]
+        steps = [tirx.NE(tirx.shift_right(word, index(bit)), _NONE) for bit in range(_STEP, KEYS, _STEP)]
+        return index(_STEP) + sum((step.astype("int64") * _STEP for step in steps), index(0))
 
     def sees(self, tile: Tile) -> Expr:
         """Whether every query of a tile sees a key."""
