@@ -137,3 +137,11 @@ def test_a_step_reads_what_was_appended(gpu: Worker) -> None:
 def test_what_is_refused(window: int, room: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         append_tokens(SHAPE, (2, 2), window, (1, 1, 1, room))
+
+
+def test_as_many_sequences_as_a_grid_holds() -> None:
+    """Twice, once for keys and once for values."""
+    shape = replace(SHAPE, heads=1, kv_heads=1)
+    append_tokens(shape, (1, 1), 0, (32767, 1, 1, 64))
+    with pytest.raises(ValueError, match="1 by 65536 thread blocks"):
+        append_tokens(shape, (1, 1), 0, (32768, 1, 1, 64))

@@ -76,3 +76,5 @@ def test_what_is_too_large_is_refused() -> None:
     shape = Attention(32, 32, 128, 128, 1.0, key="bhld", value="bhld")
     with pytest.raises(ValueError, match="key_words0 has extents"):
         attention_step(shape, (2, 2), (256, 1, 511, 128))
+    with pytest.raises(ValueError, match="1 by 65536 thread blocks"):
+        attention_step(replace(SHAPE, heads=1, kv_heads=1), (1, 1), (65536, 1, 1, 1))

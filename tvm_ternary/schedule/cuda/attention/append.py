@@ -30,7 +30,7 @@ from tvm_ternary.schedule.cuda.attention.pack import (
     words_of_keys,
     words_of_values,
 )
-from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_sizes, placed
+from tvm_ternary.schedule.cuda.attention.plan import array, at_once, check_grid, check_sizes, placed
 from tvm_ternary.schedule.cuda.attention.warp import local
 from tvm_ternary.schedule.cuda.matmul import SCHEDULED, any_rows, root_block
 
@@ -73,6 +73,7 @@ def append_tokens(
     """
     check_sizes(shape)
     batch, tokens, blocks, room = lengths
+    check_grid(shape.kv_heads, 2 * batch)
     if window < 0 or window % BLOCK:
         raise ValueError(f"a window of {window} tokens; expected a multiple of {BLOCK}")
     if room < window + BLOCK:

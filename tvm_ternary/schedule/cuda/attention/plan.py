@@ -28,6 +28,8 @@ STEP = 64
 """Terms of a sum that a warp multiplies at once: sixteen for each t."""
 BLOCKS_OF_GPU = 4 * 132
 """Thread blocks that fill an H100: four on a multiprocessor."""
+GRID = 65535
+"""Thread blocks along a grid's y, or z, at most."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,27 @@ def check_sizes(shape: Attention) -> None:
             raise ValueError(f"a layout {layout}; on a GPU elements of a head are neighbours")
 
 
+def check_grid(heads: int, batch: int) -> None:
+    """Refuse what no launch may have: thread blocks for heads along y, for sequences along z."""
+    if max(heads, batch) > GRID:
+        raise ValueError(f"{heads} by {batch} thread blocks for heads and sequences; on a GPU expected {GRID} at most")
+
+
 def array(name: str, extents: Sequence[Expr], dtype: str = "float32") -> Expr:
     """A parameter. Kernels index its elements with 32 bits."""
+    _check_extents(name, extents)
+    return T.arg(name, T.buffer(tuple(extents), dtype))
+
+
+def scratch(name: str, extents: Sequence[int], dtype: str) -> Expr:
+    """Memory of a function's own, between its kernels; of as many elements as a parameter."""
+    _check_extents(name, extents)
+    return T.alloc_buffer(tuple(extents), dtype)
+
+
+def _check_extents(name: str, extents: Sequence[Expr]) -> None:
     if math.prod(extent for extent in extents if isinstance(extent, int)) >= 2**31:
         raise ValueError(f"{name} has extents {list(extents)}; on a GPU expected fewer than 2^31 elements")
-    return T.arg(name, T.buffer(tuple(extents), dtype))
 
 
 def declare(step: Step) -> dict[str, Expr]:

@@ -31,7 +31,15 @@ from tvm.tirx.script.builder import ir as T
 from tvm_ternary.kernels.attention import WORD, Attention
 from tvm_ternary.kernels.shape import ceil_div
 from tvm_ternary.kernels.ternary_keys import BLOCK
-from tvm_ternary.schedule.cuda.attention.plan import SHARED_BYTES, array, at_once, check_sizes
+from tvm_ternary.schedule.cuda.attention.plan import (
+    GRID,
+    SHARED_BYTES,
+    array,
+    at_once,
+    check_grid,
+    check_sizes,
+    scratch,
+)
 from tvm_ternary.schedule.cuda.attention.prompt_keys import Cached, Keys, Whole
 from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, KINDS, LARGEST, ROWS, Prompt
 from tvm_ternary.schedule.cuda.attention.prompt_round import pack_blocks, round_keys_and_values
@@ -80,7 +88,8 @@ def attention_prompt(
     Raises
     ------
     ValueError
-        If there is no such kind, sizes are no multiples of four or above 128, or elements of a head are not neighbours.
+        If there is no such kind, sizes are no multiples of four or above 128, elements of a head are not neighbours, or
+        there are more heads or sequences than a grid has thread blocks.
     """
     prompt, source = _whole(shape, lengths, causal, kind, planes, window)
     return _function("attention_prompt", prompt, source, _PROMPT, [_round, _attend])
@@ -146,6 +155,8 @@ def why_not(shape: Attention, lengths: tuple[int | None, ...]) -> str | None:
     if not all(layout[-1] == "d" for layout in layouts):
         return "has heads whose elements are no neighbours"
     batch, queries, keys = (int(length or 0) for length in lengths)
+    if max(batch, shape.heads) > GRID:
+        return f"has more than {GRID} sequences or heads"
     rows = batch * max(shape.heads * queries, shape.kv_heads * (keys + KEYS)) * (max(sizes) + 32)
     masked = math.prod({"b": batch, "h": shape.heads, "m": queries, "s": keys}[axis] for axis in shape.mask)
     if max(rows, masked) >= 2**31 or (shape.hidden is not None and keys > MOST_MASKED):
@@ -204,6 +215,7 @@ def attention_prompt_cached(
 def _prompt(source: Keys, queries: int, causal: bool, kind: str) -> Prompt:
     shape = source.shape
     check_sizes(shape)
+    check_grid(shape.heads, source.batch)
     if max(shape.size, shape.value_size) > LARGEST:
         largest = max(shape.size, shape.value_size)
         raise ValueError(f"a head of {largest} elements; for many queries on a GPU expected {LARGEST} at most")
@@ -253,7 +265,7 @@ def _function(
         with root_block():
             if "rounded" not in parameters:
                 held = _rounded_extents(prompt).items()
-                b.update({name: T.alloc_buffer(extents, "uint32") for name, extents in held})
+                b.update({name: scratch(name, extents, "uint32") for name, extents in held})
             for kernel in kernels:
                 kernel(prompt, source)
     return builder.get()

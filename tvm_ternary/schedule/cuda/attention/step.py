@@ -43,6 +43,7 @@ from tvm_ternary.schedule.cuda.attention.plan import (
     TILE,
     Step,
     at_once,
+    check_grid,
     check_sizes,
     declare,
     head_and_query,
@@ -83,12 +84,14 @@ def attention_step(
     Raises
     ------
     ValueError
-        If sizes are no multiples of four, or elements of a head are not neighbours.
+        If sizes are no multiples of four, elements of a head are not neighbours, or there are more heads or sequences
+        than a grid has thread blocks.
     """
     check_sizes(shape)
     step = Step(shape, planes, *lengths, splits or 1)
     if splits is None:
         step = with_splits(step)
+    check_grid(shape.kv_heads * step.row_tiles, step.batch)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("attention_step")
         T.func_attr({"tirx.noalias": True, SCHEDULED: 1})
