@@ -12,7 +12,7 @@ import pytest
 from tests.cuda_emulator import Out, Worker
 from tests.schedule.cpu.graphs import EPSILON, normal
 from tvm_ternary.kernels.attention import Attention, pack_mask, reference_attention
-from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt
+from tvm_ternary.schedule.cuda.attention.prompt import attention_prompt, why_not
 
 SHAPE = Attention(heads=4, kv_heads=2, size=20, value_size=12, scale=0.25)
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -40,7 +40,8 @@ class Case:
         words = [] if mask is None else [mask if shape.hidden is None else pack_mask(mask == 0)]
         self.operands = operands or [normal(7 + n, batch, *extent) for n, extent in enumerate(extents)]
         if causal:
-            self.mask = np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, -np.inf)
+            order = np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, -np.inf)
+            self.mask = order if mask is None else order + mask
         out = np.full((batch, shape.heads, queries, shape.value_size), np.nan, np.float32)
         held = np.ascontiguousarray(laid(out, shape.out))
         layouts = (shape.query, shape.key, shape.value)
@@ -144,6 +145,20 @@ def test_masks_of_bits(gpu: Worker, hidden: float) -> None:
     case.check()
 
 
+def test_bits_of_keys_that_order_hides_are_not_seen(gpu: Worker) -> None:
+    """A query that has no others gives the mean of all up to its own, also of blocks that nobody else sees."""
+    seen = np.ones((1, 1, 5, 150), bool)
+    seen[..., 64:128] = False
+    seen[:, :, 1, :] = np.arange(150) == 148
+    mask = np.where(seen, 0, -np.float32(np.inf)).astype(np.float32)
+    shape = replace(SHAPE, mask="bms", hidden=float(np.finfo(np.float32).min))
+    case = Case(gpu, shape, (1, 5, 150), causal=True, mask=mask)
+    mean = rounded(case.operands[2][0, :, :147], case.kind).mean(1)
+    np.testing.assert_allclose(case.result[0, :, 1], np.repeat(mean, shape.group, 0), atol=1e-3)
+    case.result[0, :, 1] = 0
+    case.check()
+
+
 def test_hidden_keys_and_values_move_no_bit(gpu: Worker) -> None:
     case = Case(gpu, SHAPE, (1, 70, 70), causal=True)
     operands = [x.copy() for x in case.operands]
@@ -169,3 +184,13 @@ def test_what_is_refused() -> None:
         attention_prompt(replace(SHAPE, value_size=132), (1, 1, 1))
     with pytest.raises(ValueError, match="two parts"):
         attention_prompt(replace(SHAPE, joined=True), (1, 1, 1))
+    with pytest.raises(ValueError, match="4 by 65536 thread blocks"):
+        attention_prompt(SHAPE, (65536, 1, 1))
+    # 32 words where there are four elements.
+    with pytest.raises(ValueError, match="keys has extents"):
+        attention_prompt(Attention(1, 1, 4, 4, 1.0), (1, 1, 1 << 27))
+
+
+def test_why_there_is_none() -> None:
+    assert why_not(SHAPE, (65535, 16, 16)) is None
+    assert why_not(SHAPE, (65536, 16, 16)) == "has more than 65535 sequences or heads"

@@ -150,6 +150,7 @@ class Cached:
         hidden: bool = True,
         room: int = 70,
         mask: bool = False,
+        seen: np.ndarray | None = None,
         broken: str = "",
     ) -> None:
         batch, blocks = len(full), max(1, *full)
@@ -171,15 +172,18 @@ class Cached:
             packed += [*pack(codes.swapaxes(-1, -2) if n else codes, planes[n]), scale]
         most = blocks * BLOCK + room + queries
         self.mask = normal(9, batch, 1, queries, most) if mask else None
+        hiding = None
+        if seen is not None:
+            self.mask, hiding = np.where(seen, 0, -np.inf), float(np.finfo(np.float32).min)
         counts = [np.array(x, np.int32) for x in (full, recent)]
         out = np.full((batch, shape.heads, queries, shape.value_size), np.nan, np.float32)
         held = laid(out, shape.out)
         lengths = batch, queries, blocks, room
-        shape = replace(shape, mask="bms" if mask else "")
+        shape = replace(shape, mask="" if self.mask is None else "bms", hidden=hiding)
         function = attention_prompt_cached(shape, planes, lengths, causal=hidden, kind=kind, new=("blhd", "bhld"))
         tails = [laid(x, layout) for x, layout in zip(self.tails, (shape.key, shape.value), strict=True)]
         new = [laid(x, layout) for x, layout in zip(self.new, ("blhd", "bhld"), strict=True)]
-        masks = [] if self.mask is None else [self.mask]
+        masks = [] if self.mask is None else [self.mask if seen is None else pack_mask(seen)]
         gpu.run(function, laid(self.q, shape.query), *packed, *tails, *new, *counts, *masks, Out(held))
         self.result = held.transpose([shape.out.index(axis) for axis in "bhld"])
 
@@ -210,6 +214,21 @@ def test_behind_a_cache_without_order_or_with_masks(gpu: Worker) -> None:
     shape = replace(SHAPE, size=64, value_size=128, heads=2, kv_heads=1, key="bhld", value="bhld")
     Cached(gpu, shape, (2, 2), (1, 0), (3, 70), 67, hidden=False, kind="float16").check()
     Cached(gpu, replace(SHAPE, key="bhld"), (2, 1), (1,), (3,), 3, mask=True).check()
+
+
+def test_bits_behind_a_cache(gpu: Worker) -> None:
+    """A key's bit is that of its number in the sequence. One that sees but what is not there gives the mean of all."""
+    shape = replace(SHAPE, key="bhld", value="bhld")
+    seen = np.random.default_rng(3).random((2, 1, 4, 3 * BLOCK + 70 + 4)) < 0.6
+    seen[..., BLOCK : 2 * BLOCK] = False
+    # Of the first sequence there are 195 keys, 199 with the new ones.
+    seen[0, :, 2] = np.arange(seen.shape[-1]) == 210
+    case = Cached(gpu, shape, (2, 1), (3, 1), (3, 20), 4, hidden=False, seen=seen)
+    values = [case.blocks[1][0], *(rounded(x[0], case.kind) for x in (case.tails[1][:, :, :3], case.new[1]))]
+    mean = np.concatenate(values, 1).mean(1)
+    np.testing.assert_allclose(case.result[0, :, 2], np.repeat(mean, shape.group, 0), atol=2e-3)
+    case.result[0, :, 2] = 0
+    case.check()
 
 
 @pytest.mark.parametrize("where", ["k", "v"])

@@ -5,13 +5,14 @@ and says in a byte of shared memory for each block whether one of them sees a ke
 block's queries sees are then passed over: their keys and values are not even copied.
 
 Where what hides a key is finite, as exporters have it, a query that sees no key at all gives the mean of its values. So
-nothing is passed over by a thread block that has such a query.
+nothing is passed over by a thread block that has such a query. Bits of keys that are not there, or that causal order
+hides, do not count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_ternary.schedule.cuda import device
 from tvm_ternary.schedule.cuda.attention import device as own
-from tvm_ternary.schedule.cuda.attention.prompt_plan import ROWS, Prompt
+from tvm_ternary.schedule.cuda.attention.prompt_plan import KEYS, ROWS, Prompt
 from tvm_ternary.schedule.cuda.attention.warp import local
 
 Expr = Any
@@ -62,10 +63,21 @@ class SeenAlone:
         Sequence, head, the first of the thread block's queries, and the thread.
     blocks : Expr
         The number of blocks.
+    limit : callable
+        Of a query, keys up to the last one that it may see.
     """
 
-    def __init__(self, prompt: Prompt, words: Expr, shared: Expr, place: tuple[Expr, ...], blocks: Expr) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        words: Expr,
+        shared: Expr,
+        place: tuple[Expr, ...],
+        blocks: Expr,
+        limit: Callable[[Expr], Expr],
+    ) -> None:
         self._prompt, self._words, self._shared, self.blocks = prompt, words, shared, blocks
+        self._limit = limit
         self._batch, self._head, self._first, self._thread = place
         # The block, the one after it, the one after that, turns.
         self._state = local(4, "int32")
@@ -98,13 +110,17 @@ class SeenAlone:
         """Half of a warp has a block of its sixteen queries."""
         lane, warp = self._thread % 32, self._thread // 32
         row, half = self._first + warp * ROWS + lane % 16, lane // 16
-        seen, any_, said = local(1, "int32"), local(1, "int32"), local(1, "uint32")
+        seen, any_, said, limit = local(1, "int32"), local(1, "int32"), local(1, "uint32"), local(1, "int32")
+        T.buffer_store(limit, self._limit(T.min(row, self._prompt.queries - 1)), [0])
         T.buffer_store(any_, T.int32(0), [0])
         with T.serial(0, (self.blocks + 1) // 2) as i:
             block = 2 * i + half
             T.buffer_store(seen, T.int32(0), [0])
-            with T.If(block < self.blocks), T.Then():
-                T.buffer_store(seen, T.Cast("int32", self.word(row, block) != T.int64(0)), [0])
+            count = limit[0] - block * KEYS
+            with T.If(T.And(block < self.blocks, count > 0)), T.Then():
+                spare = T.Cast("uint64", KEYS - T.min(count, KEYS))
+                there = T.shift_left(T.Cast("uint64", self.word(row, block)), spare)
+                T.buffer_store(seen, T.Cast("int32", there != T.uint64(0)), [0])
             T.buffer_store(any_, T.bitwise_or(any_[0], seen[0]), [0])
             T.buffer_store(said, device.ballot(seen[0]), [0])
             with T.If(T.And(lane % 16 == 0, block < self.blocks)), T.Then():
@@ -126,7 +142,7 @@ class SeenAlone:
         """The first block from one on that is seen, or the end."""
         state = self._state
         T.buffer_store(state, start, [n])
-        # The end has a byte, too, which is not looked at.
+        # The end has no bytes: what is not before it is not looked up.
         with T.While(T.And(state[n] < self.blocks, T.Not(self._is_seen(state[n])))):
             T.buffer_store(state, state[n] + 1, [n])
 

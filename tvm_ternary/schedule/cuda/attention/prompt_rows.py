@@ -51,7 +51,7 @@ class Rows:
         self.order: InOrder | SeenAlone = InOrder(self._blocks())
         if self.shape.hidden is not None:
             place = self.batch, self.head, self.first, thread
-            self.order = SeenAlone(prompt, self.b["mask"], self.shared, place, self.order.blocks)
+            self.order = SeenAlone(prompt, self.b["mask"], self.shared, place, self.order.blocks, self._limit)
 
     def write(self) -> None:
         """All keys that are seen."""
@@ -82,6 +82,12 @@ class Rows:
             last = T.min(self.first + self.prompt.rows, self.prompt.queries) + (last - self.prompt.queries)
             last = T.max(last, 0)
         return (last + (KEYS - 1)) // KEYS
+
+    def _limit(self, row: Expr) -> Expr:
+        """Keys up to the last one that a query sees, if no mask hides it."""
+        if not self.prompt.causal:
+            return self.total
+        return T.min(row + (1 - self.prompt.queries) + self.total, self.total)
 
     def _prepare(self, tile: Tile, coming: tuple[Expr, Expr, Expr]) -> None:
         """Make a block before the end ready for a turn, or begin to; and the one behind it, if it is packed."""
@@ -141,14 +147,10 @@ class Rows:
 
     def _mask(self, block: Expr) -> None:
         """Scores in powers of two, or with a mask of floats of e; minus infinity where there is no key."""
-        prompt = self.prompt
         floats = bool(self.shape.mask) and self.shape.hidden is None
         visible, scale = local(2, "int32"), const(self.shape.scale * (1.0 if floats else LOG2E))
         for half in range(2):
-            limit = self.total
-            if prompt.causal:
-                limit = T.min(self.row + (8 * half + 1 - prompt.queries) + limit, limit)
-            T.buffer_store(visible, limit - block * KEYS, [half])
+            T.buffer_store(visible, self._limit(self.row + 8 * half) - block * KEYS, [half])
         bits = self._bits(block) if isinstance(self.order, SeenAlone) else None
         with T.If(self._all_seen(visible, bits)):
             with T.Then(), unrolled(KEYS // 2) as i:
