@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ def test_arguments_are_the_length_the_counts_and_the_arrays() -> None:
     cache.reset()
     # Other sequences have arrays of their own.
     assert given(feed, 2, 1)[1].tolist() == [0, 0]
+
+
+def test_a_run_may_append_a_multiple_of_what_is_given() -> None:
+    info = replace(INFO, length="pairs * 2")
+    cache = ModelCache([info], 100)
+    feed = CacheFeed(cache, info, [TensorSpec("x", "float64", ("batch", "pairs"))])
+    given(feed, 1, 3)
+    feed.advance([np.zeros((1, 3))])
+    assert cache.length == 6
 
 
 def test_what_runs_change_is_put_back() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvm_ternary.errors import InputError, OptionError
-from tvm_ternary.runtime.inputs import check_inputs, check_outputs
+from tvm_ternary.runtime.inputs import check_inputs, check_outputs, size_of
 from tvm_ternary.runtime.manifest import DTYPES, TensorSpec
 from tvm_ternary.runtime.sample import random_inputs
 
@@ -65,6 +65,14 @@ def test_a_dimension_named_twice_in_one_input() -> None:
     check_inputs([square], {"m": np.zeros((3, 3), np.float32)})
     with pytest.raises(InputError, match="with n=2, as input 'm' has"):
         check_inputs([square], {"m": np.zeros((2, 3), np.float32)})
+
+
+def test_sizes_that_inputs_say() -> None:
+    specs = [TensorSpec("x", "float32", ("batch", "pairs", 8)), TensorSpec("mask", "int64", ("batch", "past + new"))]
+    sizes = {dim: size_of(dim, specs, [(2, 5, 8), (2, 7)]) for dim in ("batch", "2 * pairs + 1", "past + new")}
+    assert sizes == {"batch": 2, "2 * pairs + 1": 11, "past + new": 7}
+    assert size_of(3, [], []) == 3
+    assert [size_of(dim, specs, [(2, 5, 8), (2, 7)]) for dim in ("new", "pairs // 2", "pairs * new")] == [None] * 3
 
 
 def test_outputs_by_name() -> None:

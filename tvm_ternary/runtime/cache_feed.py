@@ -61,7 +61,7 @@ class CacheFeed:
             As of `ModelCache.begin`.
         """
         cache = self._cache
-        batch = size_of(self._info.batch, self._inputs, arrays)
+        batch = self._size(self._info.batch, arrays)
         cache.begin(batch, self._new_tokens(arrays))
         if self._now is None or self._now.arrays is not cache.arrays:
             counts = aligned_empty((batch,), np.dtype(np.int32))
@@ -86,4 +86,9 @@ class CacheFeed:
                 array[...] = copy
 
     def _new_tokens(self, arrays: Sequence[npt.NDArray[Any]]) -> int:
-        return size_of(self._info.length, self._inputs, arrays)
+        return self._size(self._info.length, arrays)
+
+    def _size(self, dim: int | str, arrays: Sequence[npt.NDArray[Any]]) -> int:
+        size = size_of(dim, self._inputs, [array.shape for array in arrays])
+        assert size is not None, f"a model whose inputs do not say {dim} is not compiled"
+        return size

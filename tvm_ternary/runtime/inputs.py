@@ -100,12 +100,17 @@ def _solved(dim: str, formula: Linear, got: int, source: str, bounds: Mapping[st
     )
 
 
-def size_of(dim: int | str, specs: Sequence[TensorSpec], arrays: Sequence[npt.NDArray[Any]]) -> int:
-    """The number that a dimension of some input is in these inputs, which `check_inputs` has checked."""
+def size_of(dim: int | str, specs: Sequence[TensorSpec], shapes: Sequence[Sequence[int]]) -> int | None:
+    """The number that a dimension, or arithmetic over some, is in inputs of these shapes, which `check_inputs` allows.
+
+    None where they do not say it.
+    """
     if isinstance(dim, int):
         return dim
-    pairs = zip(specs, arrays, strict=True)
-    return int(next(array.shape[spec.shape.index(dim)] for spec, array in pairs if dim in spec.shape))
+    pairs = zip(specs, shapes, strict=True)
+    sizes = {str(name): size for spec, shape in pairs for name, size in zip(spec.shape, shape, strict=True)}
+    formula = Linear({dim: 1}) if dim in sizes else read_linear(dim)
+    return None if formula is None else formula.value(sizes)
 
 
 def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str] | None) -> list[int]:

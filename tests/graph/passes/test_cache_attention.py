@@ -123,6 +123,21 @@ def test_what_cannot_start_without_tokens() -> None:
         apply_choices(imported, choices, NATIVE)
 
 
+def test_inputs_say_how_many_tokens_are_new() -> None:
+    """Of those that a model halves they do not."""
+    halves = [helper.make_node("AveragePool", [f"long_{n}"], [n], kernel_shape=[2, 1], strides=[2, 1]) for n in "qkv"]
+    nodes = [*halves, helper.make_node("Attention", ["q", "k", "v", "", "past_key", "past_value"], PRESENT)]
+    spelled = model(nodes, KV_HEADS, flat=False)
+    for operand, heads in zip(spelled.graph.input, (HEADS, KV_HEADS, KV_HEADS), strict=False):
+        operand.CopyFrom(info(f"long_{operand.name}", "batch", heads, "long", SIZE))
+    spelled.graph.output[0].CopyFrom(info("y", "batch", HEADS, None, SIZE))
+    imported = import_onnx(spelled)
+    assert find_caches(imported) == {"past_key": None}
+    choices = choose_caches(imported, read_modes("ternary-keys-values"), (2, 2), 64)
+    with pytest.raises(OptionError, match=r"attention past_key: .* no input says how many tokens are new \(.*long"):
+        apply_choices(imported, choices, NATIVE)
+
+
 def test_without_a_past_a_text_is_whole() -> None:
     whole = without_past(import_onnx(standard(is_causal=1)))
     assert [spec.name for spec in whole.inputs] == ["q", "k", "v"]

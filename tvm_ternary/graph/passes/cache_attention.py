@@ -20,7 +20,7 @@ kernel for every sequence. Where the heads of an attention keep different things
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from tvm_ternary.graph.passes.fuse_attention import add_masks
 from tvm_ternary.graph.passes.rotate import Rotations, can_rotate
 from tvm_ternary.graph.passes.without_past import WithoutStates, totals_of
 from tvm_ternary.kernels.attention import Attention
+from tvm_ternary.runtime.inputs import size_of
 from tvm_ternary.runtime.kv_cache import BLOCK, CacheShape
 from tvm_ternary.runtime.manifest import CacheInfo
 from tvm_ternary.schedule.cpu.nest import substitute
@@ -92,7 +93,8 @@ def cache_attention(model: ImportedModel, chosen: Choices, schedule: Schedule) -
     Raises
     ------
     OptionError
-        If the attentions do not share one past.
+        If the attentions do not share one past, or inputs do not say how many tokens a run appends to how many
+        sequences.
     """
     matches = _chosen(model, chosen)
     if not matches:
@@ -148,6 +150,7 @@ class _Cached(WithoutStates):
 
         model = self.rewritten(more)
         _require_start(model.module, past)
+        _require_sizes(model, self.infos.values())
         totals = {total for match in self.matches.values() for total in map(describe, totals_of(match, past))}
         sums: dict[int | str, str] = {
             total: f"{info.past} + {info.length}" for info in self.infos.values() for total in totals
@@ -245,6 +248,16 @@ def _parameters(number: int, shape: CacheShape, batch: Any) -> list[relax.Var]:
         dims = [batch, *extents[1:2], *open_[n : n + 1], *extents[3:]]
         parameters.append(relax.Var(f"cache{number}_{n}", relax.TensorType(dims, dtype)))
     return parameters
+
+
+def _require_sizes(model: ImportedModel, infos: Iterable[CacheInfo]) -> None:
+    """Refuse what the runtime could not give a cache to."""
+    ones = [[1] * len(spec.shape) for spec in model.inputs]
+    for info in infos:
+        for what, dim in (("sequences", info.batch), ("tokens", info.length)):
+            if size_of(dim, model.inputs, ones) is None:
+                problem = f"cannot be kept inside: no input says how many {what} are new ({dim})"
+                raise OptionError(f"attention {info.name}", problem, "compile with --attention full")
 
 
 def _require_start(module: tvm.IRModule, past: Any) -> None:
