@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from onnx import TensorProto, helper
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
 
+from tests.graph.passes.small_graphs import bindings
+from tests.graph.passes.test_cache_attention import grouped
 from tests.graph.passes.test_unstack_pasts import HEADS, SIZE, WIDTH, many_operators, model
 from tvm_ternary.graph.importer import import_onnx
+from tvm_ternary.graph.onnx.values import describe
 from tvm_ternary.graph.passes.find_pasts import NO_PAST, find_caches
 from tvm_ternary.graph.passes.unstack_pasts import unstack_pasts
 from tvm_ternary.graph.passes.without_past import without_past
+
+
+def test_what_may_be_empty_is_told_from_what_is_not() -> None:
+    """Of two maxima of a dimension and 0 that an import leaves, one is the dimension."""
+    spelled = grouped()
+    spelled.graph.node.append(helper.make_node("Slice", ["q", "three", "most", "axis"], ["late"]))
+    numbers = {"three": [3], "most": [2**62]}
+    spelled.graph.initializer.extend(numpy_helper.from_array(np.array(n), name) for name, n in numbers.items())
+    spelled.graph.output.append(helper.make_tensor_value_info("late", TensorProto.FLOAT, ("batch", None, 64)))
+    whole = without_past(import_onnx(spelled)).module
+    returned = next(value for var, value in bindings(whole) if var == whole["main"].body.body)
+    y, late = (describe(field.ty.shape.values[1]) for field in returned.fields)
+    assert (y, late) == ("new", "max(new - 3, 0)")
 
 
 def test_an_attention_without_a_past_stays() -> None:

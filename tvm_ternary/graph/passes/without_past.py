@@ -28,6 +28,9 @@ from tvm_ternary.graph.passes.find_attention import Match, find_attentions, know
 from tvm_ternary.graph.passes.find_pasts import find_caches, named_attentions
 from tvm_ternary.runtime.linear import Linear, read_linear
 
+_LONGEST = tvm.tirx.IntImm("int64", 2**31)
+"""No dimension is longer."""
+
 
 def without_past(model: ImportedModel) -> ImportedModel:
     """The same model for a whole text at once: nothing is past, and no keys and values go in or out.
@@ -52,8 +55,11 @@ def without_past(model: ImportedModel) -> ImportedModel:
 
 
 def _larger(extreme: tvm.tirx.Max) -> Any:
-    """A dimension, which is no smaller than nothing, in place of the larger of both."""
-    return extreme.a if known_extent(extreme.b) == 0 else extreme
+    """What is a sum of dimensions, and so no smaller than nothing, in place of the larger of both."""
+    analyzer = tvm.sym.Analyzer()
+    for var in undefined_vars(extreme.a):
+        analyzer.bind(var, tvm.ir.Range(0, _LONGEST))
+    return extreme.a if known_extent(extreme.b) == 0 and analyzer.can_prove(extreme.a >= 0) else extreme
 
 
 class WithoutStates(relax.PyExprMutator):
