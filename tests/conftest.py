@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "TVM_TERNARY_MODELS"
+EMULATOR_FOLDER = "TT_EMULATOR_FOLDER"
+"""Names the folder where the emulator of GPUs is built, for all processes of a run: `tests.cuda_emulator.toolchain`."""
 
 # The same examples on every run, and no limit on the time of one: machines differ, and the first one may compile.
 settings.register_profile("tvm-ternary", derandomize=True, deadline=None)
@@ -65,3 +69,12 @@ class _SkipGuard:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_SkipGuard())
+    # Workers of xdist have it from the process that starts them.
+    if EMULATOR_FOLDER not in os.environ:
+        os.environ[EMULATOR_FOLDER] = folder = tempfile.mkdtemp(prefix="cuda-emulator-")
+
+        def remove() -> None:
+            del os.environ[EMULATOR_FOLDER]
+            shutil.rmtree(folder, ignore_errors=True)
+
+        config.add_cleanup(remove)

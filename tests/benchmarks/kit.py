@@ -28,7 +28,6 @@ CASES = Cases(
     prompts=((2, 1, 20, 130, "bits", 2),),
     chunks=((4, 2, 20, 2, 140, 9),),
 )
-_FAKE_CUDART = toolchain.fake_driver_folder() / "libcudart.so.13"
 _VISIT = """
 import sys
 import benchmarks.gpu.run as run
@@ -36,6 +35,10 @@ run.sanitize = lambda *arguments: iter(())
 sys.argv = ["run", sys.argv[1], sys.argv[2], "--checks-only"]
 print("status", run.main())
 """
+
+
+def _fake_cudart() -> Path:
+    return toolchain.fake_driver_folder() / "libcudart.so.13"
 
 
 def make(folder: Path, cases: Cases = CASES) -> list[str]:
@@ -66,7 +69,7 @@ def make(folder: Path, cases: Cases = CASES) -> list[str]:
         for name in run.LIBRARIES:
             (folder / name).touch()
     # The C++ program takes what lies beside it.
-    shutil.copy(_FAKE_CUDART, folder / _FAKE_CUDART.name)
+    shutil.copy(_fake_cudart(), folder)
     build.facts(folder, cases)
     return sources
 
@@ -74,7 +77,7 @@ def make(folder: Path, cases: Cases = CASES) -> list[str]:
 def visit(folder: Path, sources: list[str], out: Path) -> str:
     """What a visit to an emulated GPU prints."""
     env = fake_gpu.environment(kernels=sources, compute_capability=(9, 0), checked=False, name="Emulated H100")
-    env["TVM_TERNARY_CUDART"] = str(_FAKE_CUDART)
+    env["TVM_TERNARY_CUDART"] = str(_fake_cudart())
     runtime = Path(__import__("tvm").__file__).parent / "lib"
     env["TVM_TERNARY_RUNTIME"] = str(runtime / "libtvm_runtime.so")
     env["TVM_TERNARY_RUNTIME_CUDA"] = str(runtime / "libtvm_runtime_cuda.so")

@@ -47,7 +47,7 @@ def environment(
         "PYTHONPATH": ":".join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p),
         "TT_FAKE_GPU": settings,
         "TT_FAKE_GPU_KERNELS": ":".join(map(str, libraries)),
-        "TT_EMULATOR_FOLDER": str(toolchain.folder()),
+        toolchain.FOLDER: str(toolchain.folder()),
     }
 
 

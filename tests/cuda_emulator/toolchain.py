@@ -1,6 +1,11 @@
-"""Builds the emulator, the fake driver and kernels with g++, once for each content."""
+"""Builds the emulator, the fake driver and kernels with g++, once for each content.
+
+In a folder that processes share, those of a test run for one: the first one that needs a thing builds it beside its
+place and moves it there, and others wait for it.
+"""
 
 import atexit
+import fcntl
 import functools
 import hashlib
 import os
@@ -9,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import EmulatorError
@@ -32,19 +37,32 @@ _EMPTY_HEADERS = (
 _COMMON = ("-std=c++17", "-fPIC", "-O2", "-ffp-contract=off", "-march=native")
 
 
+FOLDER = "TT_EMULATOR_FOLDER"
+"""The variable that names a process's folder to those that it starts."""
+
+
 @functools.cache
 def folder() -> Path:
     """A temporary folder of this process, or of the one that started it; gone when that one ends."""
-    inherited = os.environ.get("TT_EMULATOR_FOLDER")
+    inherited = os.environ.get(FOLDER)
     if inherited:
         return Path(inherited)
     made = Path(tempfile.mkdtemp(prefix="cuda-emulator-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
-    include = made / "include"
-    include.mkdir()
-    for header in _EMPTY_HEADERS:
-        (include / header).touch()
     return made
+
+
+def _built(place: Path, build: Callable[[Path], None]) -> Path:
+    """A file or folder that one process builds, by the path it is given."""
+    if not place.exists():
+        with open(f"{place}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another one may have built it meanwhile.
+            if not place.exists():
+                building = Path(f"{place}.building")
+                build(building)
+                building.rename(place)
+    return place
 
 
 def gxx(arguments: Sequence[object]) -> None:
@@ -57,31 +75,30 @@ def gxx(arguments: Sequence[object]) -> None:
 @functools.cache
 def emulator_library() -> Path:
     """Path of libtt_emulator.so: threads, warps, memory. Built in seconds, once."""
-    library = folder() / "libtt_emulator.so"
-    if not library.exists():
-        building = library.with_suffix(f".{os.getpid()}")
+
+    def build(library: Path) -> None:
         sources = [NATIVE / name for name in _EMULATOR_SOURCES]
-        gxx([*_COMMON, "-shared", "-Wl,-soname,libtt_emulator.so", *sources, "-o", building])
-        building.replace(library)
-    return library
+        gxx([*_COMMON, "-shared", "-Wl,-soname,libtt_emulator.so", *sources, "-o", library])
+
+    return _built(folder() / "libtt_emulator.so", build)
 
 
 @functools.cache
 def fake_driver_folder() -> Path:
     """Folder with libcuda.so.1 and libcudart.so.13, whose device is the emulator."""
-    made = emulator_library().parent / "driver"
-    if not made.exists():
-        building = made.with_name(f"driver.{os.getpid()}")
-        building.mkdir()
+    emulator_library()
+
+    def build(made: Path) -> None:
+        made.mkdir(exist_ok=True)
         link = [f"-L{folder()}", "-l:libtt_emulator.so", f"-Wl,-rpath,{folder()}"]
         device = [NATIVE / "device.cpp", f"-I{NATIVE}"]
-        gxx([*_COMMON, "-shared", "-Wl,-soname,libtt_device.so", *device, *link, "-o", building / "libtt_device.so"])
-        link += [f"-L{building}", "-l:libtt_device.so", "-Wl,-rpath,$ORIGIN"]
+        gxx([*_COMMON, "-shared", "-Wl,-soname,libtt_device.so", *device, *link, "-o", made / "libtt_device.so"])
+        link += [f"-L{made}", "-l:libtt_device.so", "-Wl,-rpath,$ORIGIN"]
         for name, source in (("libcuda.so.1", "driver.cpp"), ("libcudart.so.13", "runtime.cpp")):
             script = [f"-Wl,--version-script,{NATIVE / 'cudart.map'}"] if source == "runtime.cpp" else []
-            gxx([*_COMMON, "-shared", f"-Wl,-soname,{name}", *script, NATIVE / source, *link, "-o", building / name])
-        building.rename(made)
-    return made
+            gxx([*_COMMON, "-shared", f"-Wl,-soname,{name}", *script, NATIVE / source, *link, "-o", made / name])
+
+    return _built(folder() / "driver", build)
 
 
 # A loop that became a call of memset would not be traced.
@@ -101,15 +118,21 @@ _TRACED_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0
 @functools.cache
 def _shim(checked: bool) -> tuple[object, ...]:
     """Flags to compile a kernel with: those of the language, and the shim, which is compiled once ahead of all."""
-    flags = (*_KERNEL_FLAGS, *(_TRACED_FLAGS if checked else ()), f"-I{folder() / 'include'}", f"-I{NATIVE}")
-    header = folder() / ("traced" if checked else "plain") / "cuda_shim.h"
-    if not header.exists():
-        building = header.parent.with_suffix(f".{os.getpid()}")
-        building.mkdir()
-        shutil.copy(NATIVE / "cuda_shim.h", building)
-        gxx([*flags, "-x", "c++-header", building / "cuda_shim.h", "-o", building / "cuda_shim.h.gch"])
-        building.rename(header.parent)
-    return (*flags, "-include", header)
+
+    def touch_all(made: Path) -> None:
+        made.mkdir(exist_ok=True)
+        for header in _EMPTY_HEADERS:
+            (made / header).touch()
+
+    include = _built(folder() / "include", touch_all)
+    flags = (*_KERNEL_FLAGS, *(_TRACED_FLAGS if checked else ()), f"-I{include}", f"-I{NATIVE}")
+
+    def precompile(made: Path) -> None:
+        made.mkdir(exist_ok=True)
+        shutil.copy(NATIVE / "cuda_shim.h", made)
+        gxx([*flags, "-x", "c++-header", made / "cuda_shim.h", "-o", made / "cuda_shim.h.gch"])
+
+    return (*flags, "-include", _built(folder() / ("traced" if checked else "plain"), precompile) / "cuda_shim.h")
 
 
 def kernel_library(source: str, *, checked: bool, architecture: int) -> Path:
@@ -121,20 +144,19 @@ def kernel_library(source: str, *, checked: bool, architecture: int) -> Path:
     architecture : the value of __CUDA_ARCH__, 800 for sm_80
     """
     key = hashlib.sha256(f"{checked} {architecture} {source}".encode()).hexdigest()[:24]
-    library = folder() / f"kernels-{key}.so"
-    if library.exists():
-        return library
+    path = folder() / f"kernels-{key}.so"
     emulator_library()
-    prepared = library.with_suffix(".cpp")
-    library.with_suffix(".cu").write_text(source)
-    prepared.write_text(prepare(source, library.with_suffix(".cu")))
-    compiled, building = library.with_suffix(f".{os.getpid()}.o"), library.with_suffix(f".{os.getpid()}")
-    gxx([*_shim(checked), f"-D__CUDA_ARCH__={architecture}", "-c", prepared, "-o", compiled])
-    # Not linked with -fsanitize=thread, which would bring in libtsan.
-    gxx(["-shared", compiled, f"-L{folder()}", "-l:libtt_emulator.so", f"-Wl,-rpath,{folder()}", "-o", building])
-    compiled.unlink()
-    building.replace(library)
-    return library
+
+    def build(library: Path) -> None:
+        given, prepared, compiled = (path.with_suffix(suffix) for suffix in (".cu", ".cpp", ".o"))
+        given.write_text(source)
+        prepared.write_text(prepare(source, given))
+        gxx([*_shim(checked), f"-D__CUDA_ARCH__={architecture}", "-c", prepared, "-o", compiled])
+        # Not linked with -fsanitize=thread, which would bring in libtsan.
+        gxx(["-shared", compiled, f"-L{folder()}", "-l:libtt_emulator.so", f"-Wl,-rpath,{folder()}", "-o", library])
+        compiled.unlink()
+
+    return _built(path, build)
 
 
 def with_source_lines(message: str, library: Path) -> str:
