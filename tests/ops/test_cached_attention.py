@@ -165,6 +165,8 @@ def test_arrays_that_do_not_fit(change: Any, message: str) -> None:
         ({"kv_heads": 3}, "kv_heads 3: does not divide the 4 heads"),
         ({"activation_bits": 16}, "activation_bits 16: does not exist here; expected 1, 8 or 32"),
         ({"planes": 4}, "cache key_planes 4: does not exist; expected 1 to 3"),
+        ({"planes": (2, 1, 1)}, r"planes \(2, 1, 1\): are not for keys and values; expected one number or two"),
+        ({"planes": "2"}, "planes 2: are not for keys and values"),
         ({"window": 10}, "cache window 10: is no multiple of 64"),
         ({"batch": 0}, "cache batch 0: is too small"),
         ({"target": "cuda-sm_90"}, "target cuda-sm_90: is no CPU"),

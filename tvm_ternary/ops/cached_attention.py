@@ -22,7 +22,8 @@ from tvm_ternary.schedule.lowering import TIR_PIPELINE
 from tvm_ternary.target import Target, require_host, resolve
 
 Floats = npt.NDArray[np.float32]
-_BITS = (1, 8, 32)
+_TRITS, _BYTES, _FLOATS = 1, 8, 32
+"""What ``activation_bits`` may be."""
 
 
 class CachedAttention:
@@ -37,8 +38,8 @@ class CachedAttention:
     def __init__(self, shape: CacheShape, heads: int, scale: float, activation_bits: int, target: Target) -> None:
         self.heads = heads
         attention = Attention(heads, shape.kv_heads, shape.size, shape.value_size, scale, key="bhld", value="bhld")
-        dot = None if activation_bits == max(_BITS) else BYTE_DOTS[target.tier]
-        packed = Packed(shape.key_planes, shape.value_planes, dot, trits=activation_bits == min(_BITS))
+        dot = None if activation_bits == _FLOATS else BYTE_DOTS[target.tier]
+        packed = Packed(shape.key_planes, shape.value_planes, dot, trits=activation_bits == _TRITS)
         build = _Builder(target)
         known = (shape.batch, None, shape.blocks, shape.room)
         append = build(append_tokens(attention, packed, shape.window, known, build.simd))
@@ -154,9 +155,12 @@ def cached_attention(
     kv_heads = heads if kv_heads is None else kv_heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise OptionError(f"kv_heads {kv_heads}", f"does not divide the {heads} heads of the queries")
-    if activation_bits not in _BITS:
+    if activation_bits not in (_TRITS, _BYTES, _FLOATS):
         raise OptionError(f"activation_bits {activation_bits}", "does not exist here; expected 1, 8 or 32")
-    of_keys, of_values = (planes, planes) if isinstance(planes, int) else planes
+    both = (planes, planes) if isinstance(planes, int) else planes
+    if len(both) != 2:
+        raise OptionError(f"planes {planes}", "are not for keys and values; expected one number or two")
+    of_keys, of_values = both
     values = size if value_size is None else value_size
     shape = CacheShape(batch, kv_heads, size, values, capacity, of_keys, of_values, window)
     resolved = resolve(target)
