@@ -102,7 +102,7 @@ def cache_attention(model: ImportedModel, chosen: Choices, schedule: Schedule) -
     pasts = {str(match.states[0].extents["l"]): match.states[0].extents["l"] for match in matches.values()}
     if len(pasts) > 1:
         raise OptionError("attention", f"has pasts of different lengths ({', '.join(pasts)}); expected one for all")
-    wanted = {name: _turned(match, chosen[name]) for name, match in matches.items()}
+    wanted = {name: _to_turn(match, chosen[name]) for name, match in matches.items()}
     model, folded = fold_rotations(model, matches, wanted)
     matches = _chosen(model, chosen)
     past = next(iter(matches.values())).states[0].extents["l"]
@@ -113,7 +113,7 @@ def _chosen(model: ImportedModel, chosen: Choices) -> dict[str, Match]:
     return {name: match for name, match in named_attentions(model).items() if name in chosen}
 
 
-def _turned(match: Match, choices: Sequence[CacheChoice]) -> Parts:
+def _to_turn(match: Match, choices: Sequence[CacheChoice]) -> Parts:
     """What is turned, of all heads alike."""
     layouts = match.query.layout, match.key.layout, match.value.layout, match.layout
     if not can_rotate(*layouts) or not all(choice.rotated for choice in choices):
@@ -203,22 +203,32 @@ class _Cached(WithoutStates):
     ) -> relax.Expr:
         """The call for heads that keep the same."""
         match = self.matches[name]
-        extents = match.query.extents
-        batch, length = extents["b"], extents["l"]
+        batch, length = match.query.extents["b"], match.query.extents["l"]
         key = shape, choice.key_planes, choice.value_planes, (known_extent(batch), known_extent(length))
         if key not in self.functions:
             self.functions[key] = self.builder_.add_func(self.schedule(*key), "cached_attention")
-        past_key, _, past_value, _ = (part.value for part in match.states)
-        own = {field: value for field, value in asdict(choice).items() if field != "heads"}
-        rotated = choice.rotated and can_rotate(shape.query, shape.key, shape.value, match.layout)
-        layouts = {QUERY: shape.query, KEY: shape.key, VALUE: shape.value, RESULT: match.layout} if rotated else {}
-        if not choice.value_planes:
-            layouts = dict(itertools.islice(layouts.items(), 2))
-        turned = {part: layout for part, layout in layouts.items() if part not in self.folded[name]}
+        info = self.infos[label] = self._info(label, match, choice, shape)
+        turned = self._turned(name, info, shape)
         turn = self.rotations.rotate_heads
         for n, part in enumerate((QUERY, KEY, VALUE)):
             arguments[n] = turn(arguments[n], turned[part]) if part in turned else arguments[n]
-        self.infos[label] = CacheInfo(
+        cache = CacheShape(
+            1, shape.kv_heads, shape.size, shape.value_size, BLOCK, choice.key_planes, choice.value_planes
+        )
+        self.arrays[label] = _parameters(len(self.arrays), cache, batch)
+        given = {"b": batch, "h": shape.heads, "l": length, "d": shape.value_size}
+        result = relax.TensorType([as_index(given[axis]) for axis in match.layout], "float32")
+        call = relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
+        # The matrix is its own inverse.
+        return turn(self.builder_.emit(call), match.layout) if RESULT in turned else call
+
+    def _info(self, label: str, match: Match, choice: CacheChoice, shape: Attention) -> CacheInfo:
+        """What the runtime and its users are told of these heads."""
+        past_key, _, past_value, _ = (part.value for part in match.states)
+        length = match.query.extents["l"]
+        own = {field: value for field, value in asdict(choice).items() if field != "heads"}
+        rotated = choice.rotated and can_rotate(shape.query, shape.key, shape.value, match.layout)
+        return CacheInfo(
             name=label,
             value=self.specs[past_value].name,
             batch=self.specs[past_key].shape[match.key.layout.index("b")],
@@ -229,15 +239,15 @@ class _Cached(WithoutStates):
             value_size=shape.value_size,
             **own | {"rotated": rotated},
         )
-        cache = CacheShape(
-            1, shape.kv_heads, shape.size, shape.value_size, BLOCK, choice.key_planes, choice.value_planes
-        )
-        self.arrays[label] = _parameters(len(self.arrays), cache, batch)
-        given = {"b": batch, "h": shape.heads, "l": length, "d": shape.value_size}
-        result = relax.TensorType([as_index(given[axis]) for axis in match.layout], "float32")
-        call = relax.call_tir(self.functions[key], [*arguments, *self.arrays[label]], result)
-        # The matrix is its own inverse.
-        return turn(self.builder_.emit(call), match.layout) if RESULT in turned else call
+
+    def _turned(self, name: str, info: CacheInfo, shape: Attention) -> dict[str, str]:
+        """The parts that kernels turn, and their layouts."""
+        if not info.rotated:
+            return {}
+        layouts = {QUERY: shape.query, KEY: shape.key}
+        if info.value_planes:
+            layouts |= {VALUE: shape.value, RESULT: self.matches[name].layout}
+        return {part: layout for part, layout in layouts.items() if part not in self.folded[name]}
 
 
 def _parameters(number: int, shape: CacheShape, batch: Any) -> list[relax.Var]:
