@@ -35,7 +35,6 @@ def build_kernel(schedule: Callable[[Simd], tvm.tirx.PrimFunc], target: Target) 
     require_host(target, "leave target out to compile for this host")
     resolved = tvm.target.Target(target.tvm)
     function = schedule(simd_of(resolved)).with_attr("global_symbol", "main")
-    compiled: Callable[..., Any] = tvm.compile(tvm.IRModule({"main": function}), resolved, tir_pipeline=TIR_PIPELINE)[
-        "main"
-    ]
+    module = tvm.IRModule({"main": function})
+    compiled: Callable[..., Any] = tvm.compile(module, resolved, tir_pipeline=TIR_PIPELINE)["main"]
     return compiled

@@ -11,7 +11,7 @@ from tvm.tirx.analysis import undefined_vars
 
 SCHEDULED = "tirx.is_scheduled"
 OP_PATTERN = "op_pattern"
-OPAQUE = 8
+INJECTIVE, OPAQUE = 2, 8
 
 
 def fuse_passes() -> list[Pass]:

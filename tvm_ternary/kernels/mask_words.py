@@ -10,9 +10,6 @@ from tvm_ternary.kernels.attention import WORD
 NAME = "pack_mask"
 """Of a function that does it, and of its block, by which a schedule knows it."""
 
-INJECTIVE = 2
-"""What fusion is to take it for: it joins it with what comes before as it would a map, and asks no further."""
-
 
 def mask_words(seen: te.Tensor) -> te.Tensor:
     """The definition.

@@ -28,12 +28,12 @@ from tvm import relax
 from tvm.relax import op as R
 from tvm_ffi import structural_equal
 
-from tvm_ternary.graph.fuse import OP_PATTERN
+from tvm_ternary.graph.fuse import INJECTIVE, OP_PATTERN
 from tvm_ternary.graph.passes.dataflow import dims_of
 from tvm_ternary.graph.passes.find_attention import Match, as_index, find_attentions, known_extent
 from tvm_ternary.graph.passes.replace_attentions import ReplaceAttentions
 from tvm_ternary.kernels.attention import Attention
-from tvm_ternary.kernels.mask_words import INJECTIVE, NAME, mask_words
+from tvm_ternary.kernels.mask_words import NAME, mask_words
 
 Schedule = Callable[[Attention, tuple[int | None, ...]], tvm.tirx.PrimFunc]
 """Gives the function of an attention for a batch and lengths: of queries and keys, or queries, past and new keys."""
@@ -152,4 +152,5 @@ def _seen(
 def _words(builder: relax.BlockBuilder, seen: relax.Expr, dims: list[Any]) -> relax.Expr:
     """The bits of a boolean mask."""
     seen = builder.emit(R.reshape(seen, relax.ShapeExpr(dims)))
+    # It reduces, but fusion is to join it with what comes before, as it would a map.
     return builder.emit_te(mask_words, seen, primfunc_name_hint=NAME, primfunc_attrs={OP_PATTERN: INJECTIVE})
