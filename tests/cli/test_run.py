@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from tvm_ternary.runtime.module import load
+from tvm_ternary.cli.run import _fill_cache
+from tvm_ternary.errors import OptionError
+from tvm_ternary.runtime.cache_feed import CacheFeed
+from tvm_ternary.runtime.inputs import check_inputs
+from tvm_ternary.runtime.manifest import CacheInfo, TensorSpec
+from tvm_ternary.runtime.model_cache import ModelCache
+from tvm_ternary.runtime.module import Module, load
 from tvm_ternary.runtime.sample import random_inputs
 
 from ..runtime.conftest import reseal
@@ -186,3 +195,62 @@ def test_profile_and_trace(library: Path, tmp_path: Path) -> None:
     assert document["runs"] == 20
     assert all(call["floor"] is None for call in document["calls"]), "no C compiler, no roofline"
     assert {call["layer"] for call in document["calls"]} == {None, "layers.0.weight", "layers.1.weight"}
+
+
+@dataclass
+class Remembers:
+    """What a module does to its cache, for inputs of any shapes; nothing is computed."""
+
+    length: int | str
+    shapes: tuple[tuple[int | str, ...], ...]
+
+    def __post_init__(self) -> None:
+        info = CacheInfo("past", "value", 1, "past", self.length, 2, 8, 8, "full", 1, 1, None, False)
+        self.inputs = [TensorSpec(f"x{n}", "int64", shape) for n, shape in enumerate(self.shapes)]
+        self.manifest = SimpleNamespace(caches=[info], bounds={})
+        self.cache = ModelCache([info], 100)
+        self.feed = CacheFeed(self.cache, info, self.inputs)
+
+    @property
+    def known_dims(self) -> dict[str, int]:
+        return {"past": self.cache.length}
+
+    def run(self, _: object, inputs: Mapping[str, np.ndarray]) -> None:
+        known = {"past": (self.cache.length, "cache")}
+        arrays: list[Any] = check_inputs(self.inputs, inputs, {}, known)
+        self.feed.arguments(arrays, lambda array: array, tuple)
+        self.feed.advance(arrays)
+
+
+@pytest.mark.parametrize(
+    ("length", "shapes", "past"),
+    [
+        ("new", ((1, "new"), (1, "past + new")), 9),
+        ("pairs * 2", ((1, "pairs"), (1, "past + pairs * 2")), 8),
+        ("pairs * 2", ((1, "pairs * 2"), (1, "pairs * 4")), 8),
+        ("pairs * 2 - 1", ((1, "pairs"),), 9),
+        ("new + 1", ((1, "new + 1"),), 9),
+        (3, ((1, 3), (1, "past + 3")), 9),
+    ],
+)
+def test_past_is_as_many_tokens_as_it_says(length: int | str, shapes: Any, past: int) -> None:
+    module = Remembers(length, shapes)
+    # Of the inputs that are run behind them something else may have been given.
+    given = {dim: 30 for shape in shapes for dim in shape if isinstance(dim, str)}
+    _fill_cache(cast(Module, module), past, given, 0)
+    assert module.cache.length == past
+
+
+@pytest.mark.parametrize(
+    ("length", "shapes", "problem"),
+    [
+        ("pairs * 2", ((1, "pairs"),), r"--past: is 9; a run appends pairs \* 2 tokens, which are never so many"),
+        (2, ((1, 2),), "--past: is 9; a run appends 2 tokens; give a multiple of 2"),
+        ("a + b", ((1, "a", "b"),), r"--past: does not say how many of a \+ b tokens are of which dimension"),
+    ],
+)
+def test_past_that_runs_cannot_append(length: int | str, shapes: Any, problem: str) -> None:
+    module = Remembers(length, shapes)
+    with pytest.raises(OptionError, match=problem):
+        _fill_cache(cast(Module, module), 9, {}, 0)
+    assert module.cache.length == 0

@@ -137,10 +137,43 @@ def _fill_cache(module: Module, past: int, sizes: dict[str, int], seed: int) -> 
         raise OptionError("--past", "is for a model that keeps keys and values", "give its inputs of the past instead")
     if past < 1:
         raise OptionError("--past", f"is {past}; expected at least 1")
-    length = module.manifest.caches[0].length
-    runs, new = (1, sizes | {length: past}) if isinstance(length, str) else (past // length, sizes)
+    runs, said = _runs_of(module, past)
+    changed = said.keys() | module.known_dims.keys()
+    # What is arithmetic over these is another number now than in the inputs that were given.
+    kept = {name: size for name, size in sizes.items() if changed.isdisjoint(_factors(name))}
     for _ in range(runs):
-        module.run([], random_inputs(module.inputs, new, seed, module.manifest.bounds, module.known_dims))
+        known, bounds = module.known_dims, module.manifest.bounds
+        module.run([], random_inputs(module.inputs, kept | said, seed, bounds, known))
+
+
+def _runs_of(module: Module, past: int) -> tuple[int, dict[str, int]]:
+    """How many runs append so many tokens, and the dimensions of their inputs that say so."""
+    from tvm_ternary.runtime.linear import Linear, read_linear
+
+    length = module.manifest.caches[0].length
+    if isinstance(length, int):
+        runs, rest = divmod(past, length)
+        if rest:
+            raise OptionError("--past", f"is {past}; a run appends {length} tokens", f"give a multiple of {length}")
+        return runs, {}
+    named = {dim for spec in module.inputs for dim in spec.shape}
+    formula = read_linear(length) or Linear({length: 1})
+    (name, *others) = formula.factors
+    if not others and (name in named or formula.multiple is not None):
+        size = formula.solve(past)
+        if size is None:
+            raise OptionError("--past", f"is {past}; a run appends {length} tokens, which are never so many")
+        return 1, {name: size}
+    if length in named:
+        return 1, {length: past}
+    raise OptionError("--past", f"does not say how many of {length} tokens are of which dimension")
+
+
+def _factors(dim: str) -> set[str]:
+    from tvm_ternary.runtime.linear import read_linear
+
+    formula = read_linear(dim)
+    return set() if formula is None else set(formula.factors)
 
 
 @dataclass(frozen=True)
