@@ -20,10 +20,10 @@ from tvm_ternary.bench.attention_planes import planes_losses
 from tvm_ternary.bench.attention_plot import plot_attention
 from tvm_ternary.bench.attention_report import attention_table, refusals_table
 from tvm_ternary.bench.engines import WrongAnswerError
-from tvm_ternary.build.kernel import build_kernel
 from tvm_ternary.errors import HostError, OptionError
 from tvm_ternary.kernels.attention import reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK
+from tvm_ternary.schedule.cpu.kernel import build_kernel
 from tvm_ternary.target import resolve
 
 SHAPE = HeadShape(4, 2, 16)

@@ -14,13 +14,13 @@ import tvm_ffi
 
 from tvm_ternary.bench.attention_case import AttentionEngine, Case, Exact, Floats, HeadShape, Operands
 from tvm_ternary.bench.memory import aligned, aligned_copy
-from tvm_ternary.build.kernel import build_kernel
 from tvm_ternary.errors import OptionError
 from tvm_ternary.kernels.attention import Attention, pack_mask
 from tvm_ternary.kernels.ternary_keys import BLOCK, bytes_a_token, dequantize_block, pack, quantize_block
 from tvm_ternary.schedule.cpu.attention import attention
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
 from tvm_ternary.schedule.cpu.attention.rounded import pack_keys, rounded_attention, words_of
+from tvm_ternary.schedule.cpu.kernel import build_kernel
 from tvm_ternary.schedule.cpu.nest import index
 from tvm_ternary.schedule.intrinsics import BIT_COUNTS, BYTE_DOTS, PAIR_DOTS
 from tvm_ternary.target import Target

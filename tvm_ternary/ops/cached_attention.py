@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm
 import tvm_ffi
 
 from tvm_ternary.errors import InputError, OptionError
 from tvm_ternary.kernels.attention import Attention
 from tvm_ternary.runtime.arrays import aligned, aligned_empty
 from tvm_ternary.runtime.kv_cache import CacheShape, KVCache
-from tvm_ternary.schedule.cpu import simd_of
 from tvm_ternary.schedule.cpu.attention.append import append_tokens
 from tvm_ternary.schedule.cpu.attention.packed import Packed, attention_step
+from tvm_ternary.schedule.cpu.kernel import build_kernel
 from tvm_ternary.schedule.intrinsics import BYTE_DOTS
-from tvm_ternary.schedule.lowering import TIR_PIPELINE
-from tvm_ternary.target import Target, require_host, resolve
+from tvm_ternary.target import Target, resolve
 
 Floats = npt.NDArray[np.float32]
 _TRITS, _BYTES, _FLOATS = 1, 8, 32
@@ -40,10 +39,9 @@ class CachedAttention:
         attention = Attention(heads, shape.kv_heads, shape.size, shape.value_size, scale, key="bhld", value="bhld")
         dot = None if activation_bits == _FLOATS else BYTE_DOTS[target.tier]
         packed = Packed(shape.key_planes, shape.value_planes, dot, trits=activation_bits == _TRITS)
-        build = _Builder(target)
         known = (shape.batch, None, shape.blocks, shape.room)
-        append = build(append_tokens(attention, packed, shape.window, known, build.simd))
-        self._attend = build(attention_step(attention, packed, known, build.simd))
+        append = build_kernel(partial(append_tokens, attention, packed, shape.window, known), target)
+        self._attend = build_kernel(partial(attention_step, attention, packed, known), target)
         self.cache = KVCache(shape, append, tvm_ffi.from_dlpack)
 
     def __call__(self, q: Floats, k: Floats, v: Floats) -> Floats:
@@ -85,19 +83,6 @@ class CachedAttention:
             self._attend(query, *self.cache.arguments(shape), tvm_ffi.from_dlpack(result))
             out[part] = result
         return out
-
-
-class _Builder:
-    """Compiles functions for a target in memory."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = tvm.target.Target(target.tvm)
-        self.simd = simd_of(self._target)
-
-    def __call__(self, function: tvm.tirx.PrimFunc) -> Callable[..., Any]:
-        module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-        compiled: Callable[..., Any] = tvm.compile(module, self._target, tir_pipeline=TIR_PIPELINE)["main"]
-        return compiled
 
 
 def cached_attention(
@@ -166,5 +151,4 @@ def cached_attention(
     resolved = resolve(target)
     if resolved.kind == "cuda":
         raise OptionError(f"target {resolved.name}", "is no CPU; attention with a cache runs on CPUs so far")
-    require_host(resolved, "leave target out to compile for this host")
     return CachedAttention(shape, heads, size**-0.5 if scale is None else scale, activation_bits, resolved)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tvm_ffi
 
-from tvm_ternary.build.kernel import build_kernel
 from tvm_ternary.errors import HostError
 from tvm_ternary.kernels.attention import Attention, reference_attention
 from tvm_ternary.runtime.arrays import aligned
 from tvm_ternary.schedule.cpu.attention import attention
+from tvm_ternary.schedule.cpu.kernel import build_kernel
 from tvm_ternary.target import resolve
 
 SHAPE = Attention(heads=2, kv_heads=1, size=8, value_size=8, scale=0.5)
@@ -25,7 +25,8 @@ def test_runs() -> None:
     out = aligned(np.zeros_like(q))
     kernel = build_kernel(partial(attention, SHAPE, (1, None, None)), resolve("native"))
     kernel(*map(tvm_ffi.from_dlpack, (q, k, v, out)))
-    want = reference_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), SHAPE.scale).swapaxes(1, 2)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    want = reference_attention(q, k, v, SHAPE.scale).swapaxes(1, 2)
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
 
 
