@@ -25,6 +25,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     tiles,
 )
 from tvm_ternary.schedule.cpu.nest import index, loop, scope, sequence, space, strips, vector
+from tvm_ternary.schedule.cpu.vector_math import INFINITY_BITS
 
 _ALL = tirx.const(-1, "int64")
 _NONE = tirx.const(0, "int64")
@@ -75,6 +76,12 @@ class Extremes(ABC):
         return tirx.min(index(self.width), self.on.queries - tile * self.width) if self.by_query else index(1)
 
 
+def _infinity_for_nan(x: Expr) -> Expr:
+    """Comparisons lose a NaN; with infinity in its place a block is neither plain nor hidden, and is computed with."""
+    bits = tirx.bitwise_and(tirx.reinterpret("int32", x), tirx.const(0x7FFFFFFF, "int32"))
+    return Select(bits > tirx.const(INFINITY_BITS, "int32"), tirx.const(float("inf"), "float32"), x)
+
+
 class Added(Extremes):
     """The least and the most that is added in a block."""
 
@@ -98,10 +105,8 @@ class Added(Extremes):
         return tirx.all(*(tirx.EQ(extreme, ZERO) for extreme in self._of(tile, first)))
 
     def hides(self, tile: Tile, first: Expr) -> Expr:
-        # A NaN in the mask fails both, and has to be computed with.
-        least, most = self._of(tile, first)
-        limit = tirx.const(HIDDEN, "float32")
-        return tirx.all(most <= limit, least <= limit)
+        _, most = self._of(tile, first)
+        return most <= tirx.const(HIDDEN, "float32")
 
     def _of(self, tile: Tile, first: Expr) -> tuple[Expr, Expr]:
         block = tirx.floordiv(first, index(KEYS)) if self.by_key else index(0)
@@ -118,7 +123,7 @@ class Added(Extremes):
         def row(n: Expr) -> Stmt:
             def strip(base: Expr, width: int, _stale: Expr | None) -> Stmt:
                 def one(lane: Expr) -> Stmt:
-                    item = on.mask_at(batch, head, tile * self.width + n, first + base + lane)
+                    item = _infinity_for_nan(on.mask_at(batch, head, tile * self.width + n, first + base + lane))
                     return sequence(
                         BufferStore(least, tirx.min(least[lane], item), [lane]),
                         BufferStore(most, tirx.max(most[lane], item), [lane]),
