@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import platform
+from copy import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tvm_ffi
 
 from tvm_ternary.errors import HostError, InputError, OptionError
 from tvm_ternary.kernels.attention import reference_attention
 from tvm_ternary.kernels.ternary_keys import BLOCK, dequantize_block, quantize_block
 from tvm_ternary.ops import CachedAttention, cached_attention
+from tvm_ternary.runtime.kv_cache import KVCache
 
 HEADS, KV, SIZE, CAPACITY, WINDOW = 4, 2, 16, 700, 64
 Floats = npt.NDArray[Any]
@@ -26,8 +30,16 @@ def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[Floats, Floats, F
     )
 
 
-def make(**options: Any) -> CachedAttention:
+@cache
+def compiled(**options: Any) -> CachedAttention:
     return cached_attention(HEADS, SIZE, CAPACITY, kv_heads=KV, **{"window": WINDOW, "activation_bits": 32, **options})
+
+
+def make(**options: Any) -> CachedAttention:
+    """One with an empty cache of its own; its functions are compiled once for all tests."""
+    attention = copy(compiled(**options))
+    attention.cache = KVCache(attention.cache.shape, attention.cache._append, tvm_ffi.from_dlpack)
+    return attention
 
 
 def rounded(x: Floats, packed: int, planes: int, axis: int) -> Floats:

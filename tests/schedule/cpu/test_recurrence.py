@@ -143,9 +143,18 @@ class Case:
         return [(self.shape.peephole, self.peephole), (self.shape.inner, self.inner)]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("tier", "name"),
+    [
+        *(("avx2", name) for name in LAYERS),
+        *(("avx512", name) for name in ("lstm", "gru", "gru_reset_first")),
+        *(("portable", name) for name in ("peephole", "narrow", "rnn")),
+    ],
+    indirect=["tier"],
+)
 def test_matches(name: str, tier: str) -> None:
-    """Whole tiles of sequences, what is left of them, and one step."""
+    """Whole tiles of sequences, what is left of them, and one step. All layers on one tier; on others those of which
+    vectors are full, ragged, or more than there is."""
     for steps, batch in ((5, ROWS + 2), (1, 1)):
         Case(LAYERS[name], steps, batch).check(tier)
 
