@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -92,9 +93,15 @@ def test_packed_tokens_are_what_their_planes_stand_for(library: Path) -> None:
     assert relative_error(got, rounded(ids, [[rounding] * 4] * 2)) <= 4 * 0.5 / 127
 
 
+@functools.cache
+def decoder() -> CalledAttention:
+    """The model of `library` with attention left open; what lies between is compiled once for all tests."""
+    return CalledAttention(import_onnx(llama(cache="out")))
+
+
 def rounded(ids: np.ndarray, roundings: list[list[Rounding]]) -> np.ndarray:
     """Logits where a cache is as it is after the tokens before each, for layers and heads of queries."""
-    model = CalledAttention(import_onnx(llama(cache="out")))
+    model = decoder()
 
     def attend(number: int, q: Floats, k: Floats, v: Floats, mask: Floats | None) -> np.ndarray:
         length = q.shape[1]
@@ -303,7 +310,7 @@ def test_without_python(library: Path, tmp_path: Path) -> None:
 
 def test_models_without_a_cache(tmp_path: Path) -> None:
     onnx.save(mlp(), tmp_path / "m.onnx")
-    path = tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so").path
+    path = tvm_ternary.compile(tmp_path / "m.onnx", tmp_path / "m.so", layers=[]).path
     with pytest.raises(OptionError, match="keeps no keys and values"):
         tvm_ternary.load(path).stats()
     with pytest.raises(OptionError, match="kv_tokens: is for a model that keeps keys and values"):

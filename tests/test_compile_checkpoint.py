@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tests.cli.conftest import cli, error_line
 from tests.graph.models import checkpoints
 from tests.graph.models.checkpoints import bert, feeds, gpt2, run_bert, run_gpt2, write_checkpoint
 from tests.graph.onnx.running import relative_error
@@ -29,9 +29,9 @@ def ternary(arrays: dict[str, np.ndarray], without: str) -> dict[str, np.ndarray
 def test_command_line_compiles_a_folder(tmp_path: Path) -> None:
     arrays = ternary(bert(BERT), "embeddings")
     folder, library = write_checkpoint(tmp_path / "tiny", BERT, arrays), tmp_path / "tiny.so"
-    command = [sys.executable, "-m", "tvm_ternary", "compile", str(folder), "-o", str(library)]
-    command += ["--scheme", "t1a32", "--embeddings", "float", "--constant", "token_type_ids=0"]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["--scheme", "t1a32", "--embeddings", "float", "--constant", "token_type_ids=0", "--dim", "batch=2"]
+    result = cli("compile", folder, "-o", library, *options)
+    assert result.returncode == 0, result.stderr
     module = load(library)
     assert (module.manifest.model.name, module.manifest.model.sha256) == ("tiny", model_digest(folder))
     assert module.manifest.bounds == {"sequence": 16}
@@ -45,9 +45,8 @@ def test_command_line_compiles_a_folder(tmp_path: Path) -> None:
 
 def test_gpt2_has_its_output_layer_and_its_table(tmp_path: Path) -> None:
     arrays = ternary(gpt2(GPT2, prefix=""), "wpe")
-    artifact = compile(
-        write_checkpoint(tmp_path / "tiny", GPT2, arrays), tmp_path / "tiny.so", scheme="t1a32", embeddings="float"
-    )
+    options: dict[str, Any] = {"scheme": "t1a32", "embeddings": "float", "dims": {"batch": 2, "sequence": 7}}
+    artifact = compile(write_checkpoint(tmp_path / "tiny", GPT2, arrays), tmp_path / "tiny.so", **options)
     layers = {layer.name: layer for layer in artifact.manifest.layers}
     assert layers["h.0.mlp.c_fc.weight"].epilogue == "bias + gelu_tanh"
     assert layers["h.0.mlp.c_proj.weight"].epilogue == "bias + residual"
@@ -59,7 +58,5 @@ def test_gpt2_has_its_output_layer_and_its_table(tmp_path: Path) -> None:
 
 def test_command_line_names_an_unknown_architecture_in_one_line(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny", {"model_type": "mamba"}, bert())
-    command = [sys.executable, "-m", "tvm_ternary", "compile", str(folder), "-o", str(tmp_path / "x.so")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "architecture 'mamba' is not known; known are bert" in result.stderr.strip().splitlines()[-1]
+    result = cli("compile", folder, "-o", tmp_path / "x.so")
+    assert "architecture 'mamba' is not known; known are bert" in error_line(result)

@@ -115,12 +115,13 @@ class TestManifest:
         ("embeddings", "became", "bits", "reason"),
         [("int8", "int8", 8 + 32 / 32, None), ("float", "float32", 32, "a float table, read by rows")],
     )
-    def test_tables_that_are_read_by_rows_are_listed_and_bounds_too(
+    def test_tables_that_are_read_by_rows_are_listed(
         self, tmp_path: Path, embeddings: str, became: str, bits: float, reason: str | None
     ) -> None:
         path = tmp_path / "gpt2.onnx"
-        onnx.save(gpt2(layers=1), path)
-        manifest = compile(path, tmp_path / "gpt2.so", scheme="t1a32", embeddings=embeddings).manifest
+        onnx.save(gpt2(layers=0), path)
+        options: dict[str, Any] = {"scheme": "t1a32", "dims": {"batch": 1}}
+        manifest = compile(path, tmp_path / "gpt2.so", embeddings=embeddings, **options).manifest
         layers = {layer.name: layer for layer in manifest.layers}
         table = layers["transformer.wpe.weight"]
         assert (table.shape, table.became, table.bits_per_weight, table.reason) == ((24, 32), became, bits, reason)
@@ -130,11 +131,19 @@ class TestManifest:
             "ternary",
             became,
         ]
-        assert manifest.bounds == {"length": 24}
+
+    def test_bounds_are_listed(self, tmp_path: Path) -> None:
+        g = GraphBuilder("bounded")
+        x = g.input("x", FLOAT, ["length"])
+        slope = g.node("Slice", g.weight("slope", 24), g.constant([0]), g.dim(x, 0), g.constant([0]))
+        g.node("Mul", x, slope, output="y")
+        g.output("y", FLOAT, ["length"])
+        onnx.save(g.model(), tmp_path / "bounded.onnx")
+        assert compile(tmp_path / "bounded.onnx", tmp_path / "out.so").manifest.bounds == {"length": 24}
 
     def test_progress_counts_every_stage_and_every_matrix(self, model: Path, tmp_path: Path) -> None:
         seen: list[tuple[str, int, int]] = []
-        artifact = compile(model, tmp_path / "out.so", progress=lambda *step: seen.append(step))
+        artifact = compile(model, tmp_path / "out.so", dims={"batch": 1}, progress=lambda *step: seen.append(step))
         steps = {stage: 2 if stage == "quantize" else 1 for stage in STAGES}
         assert seen == [(stage, done, count) for stage, count in steps.items() for done in range(count + 1)]
         assert list(artifact.seconds) == STAGES
@@ -148,9 +157,9 @@ class TestWeights:
 
     @pytest.mark.parametrize("scheme", ["t2a32", "t3a8g32", "t1a1"])
     def test_beside_gives_what_inside_gives(self, model: Path, tmp_path: Path, scheme: str) -> None:
-        layers = f"layers.0={scheme}"
-        inside = compile(model, tmp_path / "inside.so", layers=layers, weights="inside")
-        beside = compile(model, tmp_path / "beside.so", layers=layers, weights="beside")
+        options: dict[str, Any] = {"layers": f"layers.0={scheme}", "dims": {"batch": 5}}
+        inside = compile(model, tmp_path / "inside.so", weights="inside", **options)
+        beside = compile(model, tmp_path / "beside.so", weights="beside", **options)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["beside.safetensors", "beside.so", "inside.so"]
         assert beside.manifest.weights.file == "beside.safetensors"
         layout = "bits" if scheme.endswith("a1") else "codes"
@@ -164,10 +173,11 @@ class TestWeights:
     def test_large_weights_go_beside_by_themselves(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str | list[str]
     ) -> None:
-        size = compile(model, tmp_path / "first.so", layers=layers).manifest.weights.bytes
+        options: dict[str, Any] = {"layers": layers, "dims": {"batch": 1}}
+        size = compile(model, tmp_path / "first.so", **options).manifest.weights.bytes
         for limit, file in ((size, None), (size - 1, "out.safetensors")):
             monkeypatch.setattr(places, "BESIDE_BYTES", limit)
-            assert compile(model, tmp_path / "out.so", layers=layers).manifest.weights.file == file
+            assert compile(model, tmp_path / "out.so", **options).manifest.weights.file == file
 
     def test_a_matrix_that_is_ternary_already_comes_through_unchanged(self, tmp_path: Path) -> None:
         """It has one plane whatever was asked for, and its scales come back to the bit."""
@@ -211,14 +221,13 @@ class TestOptions:
     def test_every_target_that_runs_here_gives_the_same(self, model: Path, tmp_path: Path) -> None:
         results = {}
         for target in (name for name in TARGETS if unrunnable(resolve(name)) is None):
-            artifact = compile(model, tmp_path / "out.so", target=target, scheme="t2a32g16")
+            artifact = compile(model, tmp_path / "out.so", target=target, scheme="t2a32g16", dims={"batch": 6})
             assert artifact.manifest.target.name == resolve(target).name
             (results[target],) = load(artifact.path).run(None, rows(6))
         for target, got in results.items():
             assert relative_error(got, results[NATIVE.name]) <= 1e-6, target
 
-    @pytest.mark.parametrize("weights", ["inside", "beside"])
-    def test_int8_embeddings_are_those_of_a_model_with_rounded_tables(self, tmp_path: Path, weights: str) -> None:
+    def test_int8_embeddings_are_those_of_a_model_with_rounded_tables(self, tmp_path: Path) -> None:
         proto = llama(layers=1)
         onnx.save(proto, tmp_path / "model.onnx")
         (table,) = (t for t in proto.graph.initializer if "embed_tokens" in t.name)
@@ -227,14 +236,20 @@ class TestOptions:
         onnx.save(proto, tmp_path / "rounded.onnx")
         ids = np.array([[0, 49, 7], [-1, 50, 3]])
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        common: dict[str, Any] = {"scheme": "t2a32", "dims": {"batch": 2, "length": 3}}
-        got, want = (
-            load(compile(tmp_path / f"{name}.onnx", tmp_path / f"{name}.so", **common, **options).path).run(None, feeds)
-            for name, options in (("model", {"weights": weights}), ("rounded", {"embeddings": "float"}))
+        common: dict[str, Any] = {"scheme": "t2a32", "layers": "lm_head", "dims": {"batch": 2, "length": 3}}
+        cases = (
+            ("rounded", {"embeddings": "float"}),
+            ("model", {"weights": "inside"}),
+            ("model", {"weights": "beside"}),
+        )
+        want, *found = (
+            load(compile(tmp_path / f"{name}.onnx", tmp_path / "out.so", **common, **options).path).run(None, feeds)
+            for name, options in cases
         )
         # A word that does not exist is no number, with either table.
         assert np.isnan(want[0][1, 1:]).all()
-        np.testing.assert_array_equal(got, want)
+        for got in found:
+            np.testing.assert_array_equal(got, want)
 
     def test_fixed_dimensions_are_numbers(self, model: Path, tmp_path: Path) -> None:
         artifact = compile(model, tmp_path / "out.so", dims={"batch": 3}, scheme="t1a8")
@@ -243,7 +258,8 @@ class TestOptions:
 
     def test_dense_packing_is_named_counted_and_gives_the_same(self, model: Path, tmp_path: Path) -> None:
         dense, fast = (
-            compile(model, tmp_path / f"{packing}.so", scheme="t1a8", packing=packing) for packing in ("dense", "fast")
+            compile(model, tmp_path / f"{packing}.so", scheme="t1a8", packing=packing, dims={"batch": 6})
+            for packing in ("dense", "fast")
         )
         for layer, other in zip(dense.manifest.layers, fast.manifest.layers, strict=True):
             assert (layer.kernel, layer.layout) == ("matmul_a8_dense", "dense")
@@ -256,10 +272,10 @@ class TestOptions:
         assert relative_error(got, want) <= 1e-6
 
     def test_schemes_for_some_layers_and_methods(self, model: Path, tmp_path: Path) -> None:
-        own = {"layers.0": "t1a1", "layers.1": "t3a32g16"}
-        layers = compile(model, tmp_path / "out.so", layers=own, method="absmean").manifest.layers
+        options: dict[str, Any] = {"layers": {"layers.0": "t1a1", "layers.1": "t3a32g16"}, "dims": {"batch": 1}}
+        layers = compile(model, tmp_path / "out.so", method="absmean", **options).manifest.layers
         assert [layer.scheme for layer in layers] == ["t1a1", "t3a32g16"]
-        other = compile(model, tmp_path / "other.so", layers=own, method="twn").manifest.layers
+        other = compile(model, tmp_path / "other.so", method="twn", **options).manifest.layers
         assert layers[0].error != other[0].error
 
     def test_no_layer_at_all_is_the_float_model(self, model: Path, tmp_path: Path) -> None:
@@ -269,7 +285,7 @@ class TestOptions:
         assert relative_error(got, run_onnxruntime(onnx.load(model), rows(4))[0]) <= 1e-6
 
     def test_every_phase_can_be_dumped(self, model: Path, tmp_path: Path) -> None:
-        compile(model, tmp_path / "out.so", dump_ir=tmp_path / "ir")
+        compile(model, tmp_path / "out.so", dims={"batch": 1}, dump_ir=tmp_path / "ir")
         names = [path.name for path in sorted((tmp_path / "ir").iterdir())]
         phases = ("import", "ternarize", "bind", "fuse", "schedule")
         assert names == [f"{number:02d}-{phase}.py" for number, phase in enumerate(phases, 1)]
@@ -339,8 +355,9 @@ class TestOptions:
 
 PROGRAM = """
 import sys, tvm_ternary
-model, output, scheme, weights = sys.argv[1:]
-tvm_ternary.compile(model, output, scheme=scheme, weights=weights)
+for number in (1, 5):
+    model, output, scheme, weights = sys.argv[number : number + 4]
+    tvm_ternary.compile(model, output, scheme=scheme, weights=weights)
 """
 
 
@@ -356,28 +373,24 @@ def flattened() -> onnx.ModelProto:
     return g.model()
 
 
-@pytest.mark.parametrize(
-    ("make", "scheme", "weights", "files"),
-    [(flattened, "t2a8g16", "inside", 2), (lambda: mlp(FEATURES), "t1a32", "beside", 3)],
-    ids=["inside", "beside"],
-)
-def test_two_processes_in_two_folders_give_the_same_bytes(
-    tmp_path: Path, make: Callable[[], onnx.ModelProto], scheme: str, weights: str, files: int
-) -> None:
+def test_two_processes_in_two_folders_give_the_same_bytes(tmp_path: Path) -> None:
     """Named by other paths, and with other hashes of strings. The first graph computes shapes when it runs."""
     written = []
     for number, folder in enumerate((tmp_path / "first", tmp_path / "second" / "below")):
         folder.mkdir(parents=True)
-        onnx.save(make(), folder / "model.onnx")
-        paths = ["model.onnx", "out.so"] if number else [str(folder / "model.onnx"), str(folder / "out.so")]
+        onnx.save(flattened(), folder / "flattened.onnx")
+        onnx.save(mlp(FEATURES), folder / "mlp.onnx")
+        prefix = "" if number else f"{folder}/"
+        inside = [f"{prefix}flattened.onnx", f"{prefix}inside.so", "t2a8g16", "inside"]
+        beside = [f"{prefix}mlp.onnx", f"{prefix}beside.so", "t1a32", "beside"]
         environment = {**os.environ, "PYTHONHASHSEED": str(number)}
         environment["PYTHONPATH"] = str(Path(tvm_ternary.__file__).parents[1])
-        command = [sys.executable, "-c", PROGRAM, *paths, scheme, weights]
+        command = [sys.executable, "-c", PROGRAM, *inside, *beside]
         subprocess.run(command, cwd=folder if number else tmp_path, env=environment, check=True, timeout=120)
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     first, second = written
     assert first.keys() == second.keys()
-    assert len(first) == files
+    assert sorted(first) == ["beside.safetensors", "beside.so", "flattened.onnx", "inside.so", "mlp.onnx"]
     for name, content in first.items():
         assert content == second[name], f"{name} differs"
 

@@ -62,7 +62,7 @@ def expected(model: ImportedModel, x: np.ndarray, scheme: str) -> np.ndarray:
 
 @pytest.mark.parametrize("scheme", ["t2a32", "t2a8", "t2a1"])
 def test_weights_inside_or_as_arguments_give_the_same(scheme: str) -> None:
-    model = import_onnx(mlp((30, 40, 20)))
+    model = import_onnx(mlp((30, 40, 20)), {"batch": 5})
     x = np.random.default_rng(0).standard_normal((5, 30)).astype(np.float32)
     inside, beside = lowered(model, scheme), lowered(model, scheme, bind=False)
     assert len(inside.module["main"].params) == 1
@@ -145,7 +145,7 @@ def test_names_that_differ_only_in_punctuation_keep_their_own_weights() -> None:
         weight = g.constant(np.random.default_rng(i).standard_normal((32, 32)).astype(np.float32), name)
         g.node("MatMul", x, weight, output=f"y{i}")
         g.output(f"y{i}", FLOAT, ["m", 32])
-    model = import_onnx(g.model())
+    model = import_onnx(g.model(), {"m": 3})
     rows = np.random.default_rng(9).standard_normal((3, 32)).astype(np.float32)
     layers = quantized(model.params, dict.fromkeys(model.params, "t1a32"))
     for y, layer in zip(run(lowered(model, "t1a32"), rows), layers.values(), strict=True):
