@@ -91,8 +91,9 @@ def main() -> None:
         target = resolve(name)
         if unrunnable(target) is None:
             for j, (bits, packing) in enumerate(EVERY_KERNEL):
-                # All cases on this host's best target, on the others one of them each.
-                for case in CASES if name == NATIVE.name else [CASES[(i + j) % len(CASES)]]:
+                # Two cases on this host's best target, on the others one, in turn: every kernel meets every case.
+                for turn in range(1 + (name == NATIVE.name)):
+                    case = CASES[(i + j + turn) % len(CASES)]
                     print(name, bits, packing, case, flush=True)
                     run(target, bits, packing, *case)
     print("done", flush=True)
