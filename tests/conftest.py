@@ -16,6 +16,9 @@ MODELS = "TVM_TERNARY_MODELS"
 EMULATOR_FOLDER = "TT_EMULATOR_FOLDER"
 """Names the folder where the emulator of GPUs is built, for all processes of a run: `tests.cuda_emulator.toolchain`."""
 
+# Where two processes test on two cores, numpy's own threads wait for each other. Read when numpy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # The same examples on every run, and no limit on the time of one: machines differ, and the first one may compile.
 settings.register_profile("tvm-ternary", derandomize=True, deadline=None)
 settings.load_profile("tvm-ternary")

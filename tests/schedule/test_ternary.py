@@ -19,7 +19,7 @@ from tvm_ternary.kernels.table import KERNELS
 from tvm_ternary.schedule.ternary import SCHEDULED, matmul_function
 from tvm_ternary.target import TIERS
 
-EXAMPLES = 12
+EXAMPLES = 20
 ONE = (Variant(Tile(1, 1), None),)
 
 
