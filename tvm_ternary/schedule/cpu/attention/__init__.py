@@ -52,8 +52,8 @@ def attention(shape: Attention, lengths: Lengths, simd: Simd) -> PrimFunc:
     Returns
     -------
     PrimFunc
-        All float32, a mask of bits int64. NaN and infinities of q, k and v go where the definition sends them; but
-        blocks of keys that a mask hides from all queries of a tile may not be read.
+        All float32, a mask of bits int64. NaN and infinities go where the definition sends them; but of a block of keys
+        may not be read what is behind the last that some query of a tile sees, nor a block that none sees.
     """
     names = ("batch", "queries", *(("past", "new") if shape.joined else ("keys",)))
     extents = [Var(n, "int64") if given is None else index(given) for n, given in zip(names, lengths, strict=True)]

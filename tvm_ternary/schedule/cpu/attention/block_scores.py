@@ -2,7 +2,8 @@
 
 A lane is a query. For each block its keys' scales are multiplied into the queries of the tile, and these are rounded,
 by one scale a query and block: here to bytes, in `trit_scores` to trits. Four neighbouring elements of a head are a
-lane, multiplied by byte dot products with the block's numbers, which are unpacked once a tile.
+lane, multiplied by byte dot products with the block's numbers, which are unpacked once a tile: all of them, while only
+those of keys that `Many.reach` counts are multiplied.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     elements,
     hide,
     inverse,
+    is_nothing,
     tiles,
     vectors,
     zeros,
@@ -150,12 +151,9 @@ class Few:
 
     def _hidden_is_nothing(self) -> Expr:
         """Whether what bits hide is nothing beside what each row has seen."""
-        hidden = self.shape.hidden
-        assert hidden is not None
-        if hidden > HIDDEN or hidden == float("-inf"):
-            return tirx.const(hidden < HIDDEN)
+        assert self.shape.hidden is not None
         low = reduce(tirx.min, [self.state["peak"][row] for row in range(self.rows)])
-        return low > tirx.const(HIDDEN, "float32")
+        return is_nothing(self.shape.hidden, low > tirx.const(HIDDEN, "float32"))
 
     def _masked(self, row: int, key: Expr, score: Expr) -> Expr:
         """A score with what is added to it; what bits hide follows (`_hide`)."""

@@ -1,4 +1,8 @@
-"""Many queries: a lane is a query."""
+"""Many queries: a lane is a query.
+
+Of a block that a mask of bits cuts, as order cuts those of a tile's own tokens, nothing is computed of the keys behind
+the last one that some query of the tile sees, in steps of 16, if what hides them leaves them no weight.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from tvm_ternary.schedule.cpu.attention.operands import (
     buffer,
     hide,
     inverse,
+    is_nothing,
     place,
     tiles,
     vectors,
@@ -187,12 +192,10 @@ class Many:
 
     def _hidden_is_nothing(self, low: Var) -> Expr:
         """Whether what the mask hides is nothing beside what each query sees, of which ``low`` is the least peak."""
-        hidden = self.shape.hidden
-        if hidden is not None and (hidden > HIDDEN or hidden == float("-inf")):
-            return tirx.const(hidden < HIDDEN)
+        beside = low[0] > tirx.const(HIDDEN, "float32")
         if isinstance(self.extremes, Bits) and self.knows_all:
-            return self.extremes.sees(self.tile)
-        return low[0] > tirx.const(HIDDEN, "float32")
+            beside = self.extremes.sees(self.tile)
+        return beside if self.shape.hidden is None else is_nothing(self.shape.hidden, beside)
 
     def _lowest_peak(self, low: Var) -> Stmt:
         peak, lanes = self.state["peak"], self.lanes

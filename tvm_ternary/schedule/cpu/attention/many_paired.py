@@ -4,7 +4,7 @@ Of a block, a query's weights are exp(score - the block's largest score of the q
 `LARGEST_WEIGHT`. The values come rounded (`kernels.paired_values`). Their product is exact; once a block it becomes
 float, times exp(the block's largest score - the largest of all), and what the weights add up to is the sum of the whole
 numbers, so that results are weighted means. A block that a mask adds something to is none of these: its values are read
-in float, so that what is hidden has no part in the scale of what is seen.
+in float, up to the last key that the tile sees, so that what is hidden has no part in the scale of what is seen.
 
 With W and V the largest weight and value, M the largest magnitude of an element in a block, and P the block's share of
 all weights, a block adds to the error of a result at most

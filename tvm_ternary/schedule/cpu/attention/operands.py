@@ -214,6 +214,16 @@ def hide(score: Expr, word: Expr, bit: Expr, hidden: float) -> Expr:
     return Select(set_, score, score + tirx.const(hidden, "float32"))
 
 
+def is_nothing(hidden: float, beside: Expr) -> Expr:
+    """Whether keys that ``hidden`` hides have no weight; ``beside`` is whether each query sees another key.
+
+    Infinity leaves them none, a large number none beside a key that is seen, and a small one some in any case.
+    """
+    if hidden > HIDDEN or hidden == float("-inf"):
+        return tirx.const(hidden < HIDDEN)
+    return beside
+
+
 def inverse(total: Expr) -> Expr:
     """1 / total; 0 of nothing."""
     return Select(tirx.EQ(total, ZERO), ZERO, tirx.const(1.0, "float32") / total)
