@@ -122,16 +122,6 @@ def test_known_lengths(tier: str) -> None:
         Case(BASE, 1, queries, keys).check(tier, (1, queries, keys))
 
 
-@pytest.mark.parametrize("hidden", [None, -np.inf])
-def test_many_queries_of_large_heads(hidden: float | None) -> None:
-    """Their tiles are wider where the registers suffice."""
-    shape = Attention(heads=2, kv_heads=1, size=128, value_size=130, scale=0.1, mask="ms", hidden=hidden)
-    case = Case(shape, 1, 1545, 133)
-    if hidden is not None:
-        case.mask = np.where(np.tri(1545, 133, -1500, dtype=bool), np.float32(0), np.float32(hidden))[None, None]
-    case.check(WIDEST, (1, 1545, 133))
-
-
 def test_a_single_row(tier: str) -> None:
     shape = replace(BASE, heads=3, kv_heads=3)
     Case(shape, 2, 1, 2 * KEYS + 5).check(tier, (2, 1, None))

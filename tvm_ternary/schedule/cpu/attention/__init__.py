@@ -39,11 +39,6 @@ __all__ = ["FEW", "KEYS", "Lengths", "attention"]
 Lengths = tuple[int | None, ...]
 """Batch, queries and keys, of joined ones past and new keys; None where it is known at run time."""
 
-_LONG, _LARGE, _REGISTERS = 1536, 256, 32
-"""From so many queries on, of keys and values of so many elements together, a tile has three vectors where there are so
-many registers: keys and values that exceed a core's own cache are read a third less often, 2 to 5% less time with 2,048
-of 128 elements. Heads of 64 lose as much by it, and shorter prompts what the last tile has too much."""
-
 
 def attention(shape: Attention, lengths: Lengths, simd: Simd) -> PrimFunc:
     """The scheduled function ``(q, k, v[, mask], out)``; joined, ``(q, past_k, k, past_v, v[, mask], out, k, v)``.
@@ -83,14 +78,10 @@ def _joined(on: Operands) -> Stmt:
 def _by_queries(on: Operands) -> Stmt:
     """Few queries, one vector of them, or more."""
     choices: list[tuple[int, Callable[[Operands], Stmt]]] = [(FEW, _few), (on.lanes, lambda on: _many(on, 1))]
-    vectors = 2
-    if on.simd.registers >= _REGISTERS and on.shape.size + on.shape.value_size >= _LARGE:
-        choices.append((_LONG - 1, lambda on: _many(on, 2)))
-        vectors = 3
     known = static(on.queries)
     if known is not None:
-        return next((write for most, write in choices if known <= most), lambda on: _many(on, vectors))(on)
-    result = _many(on, vectors)
+        return next((write for most, write in choices if known <= most), lambda on: _many(on, 2))(on)
+    result = _many(on, 2)
     for most, write in reversed(choices):
         result = IfThenElse(on.queries <= most, write(on), result)
     return result
