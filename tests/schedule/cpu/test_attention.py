@@ -168,7 +168,7 @@ def test_layouts(layouts: tuple[str, str, str, str]) -> None:
         Case(shape, 2, queries, 70).check("native", (2, queries, 70))
 
 
-@pytest.mark.parametrize(("heads", "size"), [((1, 1), 3), ((6, 6), 16), ((6, 2), 64), ((5, 1), 80)])
+@pytest.mark.parametrize(("heads", "size"), [((1, 1), 3), ((6, 6), 16), ((6, 2), 64), ((5, 1), 80), ((2, 1), 128)])
 def test_heads_and_sizes(heads: tuple[int, int], size: int) -> None:
     shape = Attention(*heads, size, size, size**-0.5, mask="bhms")
     for queries in (2, 18):

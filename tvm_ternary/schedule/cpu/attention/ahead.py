@@ -17,14 +17,12 @@ from tvm.script import tirx as T
 from tvm.tirx import IfThenElse, Stmt
 
 from tvm_ternary.schedule.cpu.attention.masks import Tile
-from tvm_ternary.schedule.cpu.attention.operands import KEYS, Operands
+from tvm_ternary.schedule.cpu.attention.operands import KEYS, MANY_REGISTERS, Operands
 from tvm_ternary.schedule.cpu.nest import index, loop, sequence
 from tvm_ternary.schedule.intrinsics.common import prefetch
 
 _LINE = 16
 """Elements that come together."""
-_MANY_REGISTERS = 32
-"""With fewer, a step of a loop has so few multiply-adds that asking costs more than it saves."""
 
 
 class Ahead:
@@ -36,15 +34,16 @@ class Ahead:
     tile : Tile
     kv : Expr
         Its head of keys and values.
-    width, rows : int
-        Queries of a tile, keys or elements of a register tile.
+    width, rows, elements : int
+        Queries of a tile, keys of a register tile of scores, elements of one of values.
     keys : bool
         Whether keys and values are read as they lie.
     """
 
-    def __init__(self, on: Operands, tile: Tile, kv: Expr, width: int, rows: int, *, keys: bool) -> None:
-        self.on, self.tile, self.kv, self.width, self.rows = on, tile, kv, width, rows
-        self.keys = keys and on.simd.registers >= _MANY_REGISTERS
+    def __init__(self, on: Operands, tile: Tile, kv: Expr, width: int, rows: int, elements: int, *, keys: bool) -> None:
+        self.on, self.tile, self.kv, self.width, self.rows, self.elements = on, tile, kv, width, rows, elements
+        # With fewer, a step of a loop has so few multiply-adds that asking costs more than it saves.
+        self.keys = keys and on.simd.registers >= MANY_REGISTERS
 
     def ask_for_tiles(self) -> Sequence[Stmt]:
         """For the next tile's queries, and for where results go: not in the last tile, which may be the only one."""
@@ -70,8 +69,8 @@ class Ahead:
     def ask_for_key(self, first: Expr, start: Expr, step: Expr) -> Sequence[Stmt]:
         """While values are added from element ``start`` on, in a step for each key: the next block's keys."""
         shape = self.on.shape
-        rows = -(-KEYS * self.rows // shape.value_size)
-        key = first + KEYS + tirx.floordiv(start, index(self.rows)) * rows
+        rows = -(-KEYS * self.elements // shape.value_size)
+        key = first + KEYS + tirx.floordiv(start, index(self.elements)) * rows
         return self._ask(self.on.key_at, shape.key, key, shape.size, step * rows, KEYS)
 
     def _ask(

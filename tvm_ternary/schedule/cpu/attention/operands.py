@@ -19,6 +19,9 @@ from tvm_ternary.schedule.cpu.simd import Simd
 KEYS = 64
 """Keys of a block: their scores for a tile of queries, beside the tile itself, fit the first-level cache."""
 
+MANY_REGISTERS = 32
+"""For a register tile of eight rows, or of twelve, and two vectors."""
+
 assert KEYS == WORD, "a block of keys is a word of a mask"
 
 ZERO = tirx.const(0.0, "float32")
@@ -186,7 +189,7 @@ class Operands:
     @property
     def rows(self) -> int:
         """Rows of a register tile, two vectors wide: they and what they are made of fit the registers."""
-        return 8 if self.simd.registers >= 32 else 4
+        return 8 if self.simd.registers >= MANY_REGISTERS else 4
 
     def blocks(self, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
         """For each block of keys, ``body(first, count)``."""
